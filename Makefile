@@ -1,0 +1,29 @@
+# Everything happens in .venv; both targets of the README set it up by themselves.
+PYTHON ?= python3
+PY := .venv/bin/python
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: quickstart test check style clean
+
+quickstart: .venv/ready
+	$(PY) examples/quickstart.py $(ARGS)
+
+test: .venv/ready
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+check: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+style: .venv/ready
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,70 @@
+"""hf_lowrank: make Hugging Face models smaller by factorizing their weights.
+
+Importing this package registers everything with transformers; `from_pretrained(..., lowrank_config=LowRankConfig())`
+then factorizes while it loads.
+"""
+
+from .allocation import ALLOCATORS, Allocator, Candidate, register_allocator
+from .errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    LowRankError,
+    NonFiniteError,
+    NotPSDError,
+    NumericalWarning,
+    RankError,
+    ResourceError,
+    StatisticsError,
+    TargetError,
+    UnknownNameError,
+)
+from .formats import FORMATS, FormatLinear, LowRankLinear, register_format
+from .integrations import Calibration, LowRankConfig, LowRankQuantizer, collect_statistics, factorize, to_dense
+from .methods import METHODS, Factors, Method, register_method
+from .recipe import Recipe
+from .reporting import Summary, summary
+from .statistics import STATISTICS, Statistic, Statistics, register_statistic
+
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ALLOCATORS",
+    "FORMATS",
+    "METHODS",
+    "STATISTICS",
+    "Allocator",
+    "Calibration",
+    "CalibrationError",
+    "Candidate",
+    "CheckpointError",
+    "ConfigError",
+    "Factors",
+    "FormatLinear",
+    "LowRankConfig",
+    "LowRankError",
+    "LowRankLinear",
+    "LowRankQuantizer",
+    "Method",
+    "NonFiniteError",
+    "NotPSDError",
+    "NumericalWarning",
+    "RankError",
+    "Recipe",
+    "ResourceError",
+    "Statistic",
+    "Statistics",
+    "StatisticsError",
+    "Summary",
+    "TargetError",
+    "UnknownNameError",
+    "collect_statistics",
+    "factorize",
+    "register_allocator",
+    "register_format",
+    "register_method",
+    "register_statistic",
+    "summary",
+    "to_dense",
+]

@@ -1,0 +1,1 @@
+"""`optimum-cli lowrank`: the library from the command line."""

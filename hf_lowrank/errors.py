@@ -1,0 +1,49 @@
+"""Every error the library raises on purpose, under one base, so that callers can catch by cause."""
+
+
+class LowRankError(Exception):
+    """Base of all errors raised by hf_lowrank."""
+
+
+class ConfigError(LowRankError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class RankError(ConfigError):
+    """A rank is outside what the shape of its weight allows."""
+
+
+class TargetError(ConfigError):
+    """A module pattern matches nothing, or names a module that cannot be factorized."""
+
+
+class UnknownNameError(ConfigError):
+    """A method, format, allocator or statistic is not registered under the given name."""
+
+
+class CalibrationError(LowRankError, ValueError):
+    """Calibration data is missing, empty or not usable for the model at hand."""
+
+
+class StatisticsError(LowRankError, ValueError):
+    """Saved or collected statistics do not fit the model, or are damaged."""
+
+
+class CheckpointError(LowRankError, ValueError):
+    """A checkpoint cannot be read, or does not hold what its config promises."""
+
+
+class ResourceError(LowRankError, RuntimeError):
+    """Memory or disk space is too small for what was asked; raised before work starts."""
+
+
+class NonFiniteError(LowRankError, ArithmeticError):
+    """A weight, an activation or a statistic holds NaN or infinite values."""
+
+
+class NotPSDError(LowRankError, ArithmeticError):
+    """A matrix that must be positive semi-definite is not, even after the documented jitter ladder."""
+
+
+class NumericalWarning(UserWarning):
+    """A documented numerical remedy was applied; the message says which and how strongly."""

@@ -1,0 +1,158 @@
+"""The verb: match -> (collect) -> allocate -> factorize -> replace, the only place that knows the order."""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from .allocation import Candidate
+from .errors import LowRankError, RankError, TargetError
+from .formats import FORMATS, check_rank
+from .recipe import DENSE
+from .surgery import match_sites
+
+
+@dataclass
+class Plan:
+    """What will happen to which weight.
+
+    Args:
+        sites (`dict[str, Site]`): the weights that become factors, by name.
+        ranks (`dict[str, int]`): their ranks.
+        dense (`list[str]`): targets that stay dense, because factors would not be smaller or the user said so.
+    """
+
+    sites: dict
+    ranks: dict
+    dense: list
+
+    def specs(self, format):
+        """The `modules` entry of a checkpoint config."""
+        return {name: {"format": format, "rank": rank} for name, rank in self.ranks.items()}
+
+
+def make_plan(model, recipe, available=None):
+    """Decide the rank of every target, before any weight is touched.
+
+    Args:
+        model (`torch.nn.Module`): may be on the meta device.
+        recipe ([`Recipe`]): what to do.
+        available (`Callable[[Site], bool]`, *optional*): whether the checkpoint holds a site's weight; others are left
+            as they are (a new head has nothing to factorize).
+
+    Raises:
+        TargetError, RankError, ConfigError: every argument that does not fit the model.
+    """
+    sites = match_sites(model, recipe.target_modules, recipe.exclude_modules)
+    if available is not None:
+        sites = [site for site in sites if available(site)]
+    if not sites:
+        raise TargetError(
+            f"`target_modules`={recipe.target_modules!r} leaves no linear layer to factorize after `exclude_modules`="
+            f"{recipe.exclude_modules!r}; widen the one or narrow the other."
+        )
+    fixed = _fixed_ranks(sites, recipe.rank_pattern)
+    if recipe.rank is not None:
+        fixed = {site.name: recipe.rank for site in sites} | fixed
+    candidates = {site.name: _candidate(site, recipe) for site in sites}
+    free = [candidates[site.name] for site in sites if site.name not in fixed]
+    ranks = dict(fixed)
+    if free:
+        dense_cost = sum(candidate.dense_cost for candidate in free)
+        budget = recipe.target_params if recipe.target_params is not None else recipe.param_ratio * dense_cost
+        ranks.update(recipe.allocation.allocate(free, budget))
+    chosen, dense = {}, []
+    for site in sites:
+        rank = ranks[site.name]
+        if rank in (None, DENSE):
+            dense.append(site.name)
+            continue
+        check_rank(rank, site.out_features, site.in_features, site.name)
+        _check_multiple(site, rank)
+        # A rank the user names for one module is kept even where it saves nothing; a global one is not.
+        pinned = site.name in fixed and _pattern_for(site.name, recipe.rank_pattern) is not None
+        if rank >= candidates[site.name].break_even and not pinned:
+            dense.append(site.name)
+        else:
+            chosen[site.name] = rank
+    return Plan({site.name: site for site in sites if site.name in chosen}, chosen, dense)
+
+
+def factorize_site(site, weight, rank, recipe, statistics, dtype):
+    """Factors of one site as named tensors.
+
+    Args:
+        site ([`Site`]): where the weight belongs.
+        weight (`torch.Tensor`): `(copies, out, in)`.
+        rank (`int`): as planned.
+        recipe ([`Recipe`]): method, format and compute device.
+        statistics ([`Statistics`], *optional*): for methods that need them.
+        dtype (`torch.dtype`): of the stored factors.
+
+    Returns:
+        `(tensors, relative_error)`: `{full parameter name: tensor}` on the device of `weight`, and the root mean
+        square of the relative errors of the copies.
+
+    Raises:
+        LowRankError: numerical trouble, with the name of the site in front.
+    """
+    device = torch.device(recipe.compute_device) if recipe.compute_device else weight.device
+    try:
+        stats = statistics.get(site.name, recipe.method.statistics) if recipe.method.statistics else {}
+        stats = {name: tensor.to(device) for name, tensor in stats.items()}
+        factors = [recipe.method.factorize(copy.to(device), rank, stats) for copy in weight]
+    except LowRankError as error:
+        raise type(error)(f"{site.name}: {error}") from error
+    error = (sum(f.relative_error**2 for f in factors) / len(factors)) ** 0.5
+    tensors = site.kind.tensors(site, FORMATS[recipe.format], factors, dtype)
+    return {name: tensor.to(weight.device) for name, tensor in tensors.items()}, error
+
+
+def _candidate(site, recipe):
+    format = FORMATS[recipe.format]
+
+    def cost(rank):
+        return site.copies * format.cost(site.out_features, site.in_features, rank)
+
+    least = site.kind.min_rank_multiple
+    return Candidate(
+        name=site.name,
+        out_features=site.out_features,
+        in_features=site.in_features,
+        copies=site.copies,
+        rank_multiple=math.lcm(recipe.rank_multiple, least),
+        least_rank=least,
+        cost=cost,
+        break_even=format.break_even(site.out_features, site.in_features),
+    )
+
+
+def _check_multiple(site, rank):
+    least = site.kind.min_rank_multiple
+    if rank % least:
+        raise RankError(
+            f"rank={rank} for {site.name} must be a multiple of {least}, since its kernel reads aligned rows; round "
+            "it in `rank` or `rank_pattern`."
+        )
+
+
+def _fixed_ranks(sites, rank_pattern):
+    used, fixed = set(), {}
+    for site in sites:
+        key = _pattern_for(site.name, rank_pattern)
+        if key is not None:
+            used.add(key)
+            fixed[site.name] = rank_pattern[key]
+    unused = sorted(set(rank_pattern) - used)
+    if unused:
+        raise TargetError(
+            f"`rank_pattern` has keys that match no targeted linear: {unused}; targets are {len(sites)} layers, such "
+            f"as {sites[0].name}."
+        )
+    return fixed
+
+
+def _pattern_for(name, rank_pattern):
+    # PEFT's rule for `rank_pattern`: a key matches from any dot to the end of the name; the first match counts.
+    return next((key for key in rank_pattern if re.match(rf"(.*\.)?({key})$", name)), None)

@@ -1,0 +1,142 @@
+"""What a format is: an `nn.Module` that stores and applies one linear map."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..errors import RankError
+from ..registry import Registry
+
+
+FORMATS = Registry("format")
+register_format = FORMATS.register
+
+
+class DenseView(torch.Tensor):
+    """A read-only stand-in for the dense weight of a factorized layer.
+
+    Shape, dtype and device cost nothing to ask for (models do, on every forward); the product of the factors is
+    formed only when an operation needs the values. Writing into it would be lost, so it raises.
+    """
+
+    @staticmethod
+    def __new__(cls, layer):
+        reference = next(layer.parameters())
+        shape = (layer.out_features, layer.in_features)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape[::-1] if layer.transposed else shape, dtype=reference.dtype, device=reference.device
+        )
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def materialize(self):
+        """The dense weight as an ordinary tensor, in the layout of the layer that was replaced."""
+        dense = self.layer.dense_weight()
+        return dense.T if self.layer.transposed else dense
+
+    def __setattr__(self, name, value):
+        if name == "data":
+            raise RuntimeError(
+                "`weight` of a factorized layer is computed from its factors and cannot be assigned; "
+                "change the factors, or call hf_lowrank.to_dense(model) first."
+            )
+        super().__setattr__(name, value)
+
+    def __repr__(self):
+        return f"DenseView(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func._schema.is_mutable:
+            raise RuntimeError(f"{func} would write into the computed weight of a factorized layer and be lost.")
+        values = torch.utils._pytree.tree_map_only(cls, cls.materialize, (args, kwargs or {}))
+        return func(*values[0], **values[1])
+
+
+class FormatLinear(nn.Module):
+    """Base class of formats; a subclass is one file in `hf_lowrank/formats`, registered by `register_format`.
+
+    `forward(x) == x @ dense_weight().T + bias` for every format. A format is described by `spec()`, a JSON dict from
+    which `from_spec` rebuilds the module, empty, before any weight is loaded.
+
+    Args:
+        in_features (`int`): size of the last dimension of the input.
+        out_features (`int`): size of the last dimension of the output.
+        transposed (`bool`, defaults to `False`): whether the layer this one replaces stores its weight as
+            `(in, out)`; only `weight` depends on it.
+
+    Class attributes:
+        bias_name (`str`): the parameter that holds the bias.
+    """
+
+    name: ClassVar[str]
+    bias_name: ClassVar[str]
+
+    def __init__(self, in_features, out_features, transposed=False):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = transposed
+        self.relative_error = None
+
+    def spec(self):
+        """The JSON description: `{"format": name, ...}`, with everything that shape and class do not tell."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
+        """An empty module with the shapes that `spec` describes; `kwargs` are `transposed`, `device`, `dtype`."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_factors(cls, factors, bias=None, dtype=None, transposed=False):
+        """A filled module from what a method returned; this is where float64 is cast to `dtype`, once."""
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, out_features, in_features, rank):
+        """Numbers stored for a weight of this shape at this rank, bias excluded."""
+        raise NotImplementedError
+
+    @classmethod
+    def break_even(cls, out_features, in_features):
+        """The smallest rank whose cost is not below the dense weight's; `min(out, in) + 1` if there is none."""
+        low, high = 1, min(out_features, in_features) + 1
+        while low < high:
+            middle = (low + high) // 2
+            if cls.cost(out_features, in_features, middle) >= out_features * in_features:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def dense_weight(self):
+        """The weight `(out, in)` that this module applies, computed in float32 or wider, in the module's dtype."""
+        raise NotImplementedError
+
+    @property
+    def weight(self):
+        """The dense weight in the layout of the replaced layer, read-only, formed only if its values are used."""
+        return DenseView(self)
+
+    @property
+    def bias(self):
+        """The bias `(out,)`, or `None`."""
+        owner, _, leaf = self.bias_name.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def check_rank(rank, out_features, in_features, name="this weight"):
+    """Refuse anything but an integer rank in `1 .. min(out, in)`."""
+    limit = min(out_features, in_features)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+        raise RankError(
+            f"rank={rank!r} for {name} must be an integer in 1..{limit} = min(out, in) of its "
+            f"{out_features} x {in_features} weight; change it in `rank` or `rank_pattern`, or leave it to "
+            "the allocator."
+        )

@@ -1,0 +1,75 @@
+import torch
+from torch import nn
+
+from .base import FormatLinear, check_rank, register_format
+
+
+@register_format("low_rank")
+class LowRankLinear(FormatLinear):
+    r"""Two linears in a row, the plainest and most portable format.
+
+        y = left(right(x)) = x R^T L^T + b,    W = L R
+
+    Both factors are ordinary `nn.Linear` children, so PEFT, torchao, bitsandbytes, tensor parallelism and FSDP treat
+    them like any other linear.
+
+    Args:
+        in_features (`int`): size of each input row.
+        out_features (`int`): size of each output row.
+        rank (`int`): in `1 .. min(out, in)`.
+        bias (`bool`, defaults to `True`): whether `left` carries a bias.
+        transposed (`bool`, defaults to `False`): the replaced layer stored its weight as `(in, out)`.
+
+    Shapes:
+        `right.weight` `(r, in)`, `left.weight` `(out, r)`, `left.bias` `(out,)`; r (out + in) numbers and the bias.
+
+    Raises:
+        RankError: `rank` is not an integer in range.
+    """
+
+    bias_name = "left.bias"
+
+    def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
+        super().__init__(in_features, out_features, transposed)
+        check_rank(rank, out_features, in_features)
+        self.right = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def rank(self):
+        """Number of rows of `right`, read off the weights, so that it is right after any surgery on them."""
+        return self.right.weight.shape[0]
+
+    def forward(self, x):
+        return self.left(self.right(x))
+
+    def spec(self):
+        return {"format": self.name, "rank": self.rank}
+
+    @classmethod
+    def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
+        return cls(in_features, out_features, spec["rank"], bias=bias, **kwargs)
+
+    @classmethod
+    def from_factors(cls, factors, bias=None, dtype=None, transposed=False):
+        out_features, rank = factors.left.shape
+        layer = cls(
+            factors.right.shape[1], out_features, rank, bias is not None, transposed, device="meta", dtype=dtype
+        )
+        layer.left.weight = nn.Parameter(factors.left.to(dtype).contiguous())
+        layer.right.weight = nn.Parameter(factors.right.to(dtype).contiguous())
+        if bias is not None:
+            layer.left.bias = nn.Parameter(bias.to(layer.left.weight))
+        layer.relative_error = factors.relative_error
+        return layer
+
+    @classmethod
+    def cost(cls, out_features, in_features, rank):
+        return rank * (out_features + in_features)
+
+    def dense_weight(self):
+        wide = torch.promote_types(self.left.weight.dtype, torch.float32)
+        return (self.left.weight.to(wide) @ self.right.weight.to(wide)).to(self.left.weight.dtype)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, rank={self.rank}"

@@ -1,0 +1,30 @@
+"""Where the library meets transformers, accelerate, PEFT and the Hub. Importing it registers the plugin."""
+
+import logging
+
+from transformers.utils import logging as transformers_logging
+
+from . import conv1d, experts
+from .calibration import Calibration
+from .config import QUANT_METHOD, LowRankConfig
+from .from_pretrained import install_keyword
+from .guard import install_guard
+from .quantizer import LowRankQuantizer
+from .verbs import collect_statistics, factorize, to_dense
+
+
+install_keyword()
+install_guard(QUANT_METHOD)
+# Messages go where transformers' go, at the verbosity the user set there.
+logging.getLogger("hf_lowrank").parent = transformers_logging.get_logger("transformers")
+
+__all__ = [
+    "Calibration",
+    "LowRankConfig",
+    "LowRankQuantizer",
+    "collect_statistics",
+    "conv1d",
+    "experts",
+    "factorize",
+    "to_dense",
+]

@@ -1,0 +1,189 @@
+"""Turn whatever the user calls calibration data into batches."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import CalibrationError, ConfigError
+from ..statistics import Statistics
+from .self_samples import sample_from
+
+
+SELF = "self"
+
+
+@dataclass
+class Calibration:
+    """Calibration data with its sizes.
+
+    Args:
+        data: what `calibration` of [`LowRankConfig`] accepts. Defaults to `"self"`.
+        samples (`int`, defaults to 24): sequences, of text or sampled from the model.
+        length (`int`, defaults to 512): tokens a sequence.
+        batch_size (`int`, defaults to 8): sequences a forward pass.
+        temperature (`float`, defaults to 1.0): of sampling from the model, above 0.
+        split (`str`, defaults to `"train"`): of a data set id.
+        text_column (`str`, defaults to `"text"`): of a data set or `.jsonl` file.
+    """
+
+    data: object = SELF
+    samples: int = 24
+    length: int = 512
+    batch_size: int = 8
+    temperature: float = 1.0
+    split: str = "train"
+    text_column: str = "text"
+
+    def __post_init__(self):
+        for name in ("samples", "length", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"`{name}`={value!r} of Calibration must be an integer of at least 1.")
+        if not self.temperature > 0:
+            raise ConfigError(f"`temperature`={self.temperature!r} of Calibration must be above 0.")
+
+
+def as_calibration(value):
+    """A [`Calibration`] from any accepted value."""
+    if isinstance(value, Calibration):
+        return value
+    return Calibration(data=value)
+
+
+def saved_statistics(calibration, token=None):
+    """The [`Statistics`] that `calibration` names, or `None` where it is data."""
+    data = calibration.data
+    if isinstance(data, Statistics):
+        return data
+    if not isinstance(data, (str, os.PathLike)) or not os.fspath(data).endswith(".safetensors"):
+        return None
+    path = os.fspath(data)
+    if not os.path.exists(path):
+        parts = path.split("/", 2)
+        if len(parts) < 3 or path.startswith(("/", ".")):
+            raise CalibrationError(
+                f"`calibration`={path!r} does not exist; a statistics file on the Hub is named "
+                "'owner/repository/file.safetensors'."
+            )
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download("/".join(parts[:2]), parts[2], token=token)
+    return Statistics.load(path)
+
+
+def check_calibration(calibration, model):
+    """Refuse data that cannot work, before anything is loaded. `model` may be on the meta device."""
+    data = calibration.data
+    if data is None:
+        raise CalibrationError(
+            "The method needs calibration statistics and `calibration` is None; give data, or use `method='svd'`."
+        )
+    if isinstance(data, str) and data == SELF and not _is_causal(model):
+        raise CalibrationError(
+            f"`calibration`='self' samples text from a causal language model, which {type(model).__name__} is not; "
+            "give texts, batches (a list of dicts or a dataloader), a data set id or a statistics file, or use "
+            "`method='svd'`, which needs no data."
+        )
+    if isinstance(data, str) and data != SELF and data.endswith((".jsonl", ".txt")) and not os.path.exists(data):
+        raise CalibrationError(f"`calibration`={data!r} does not exist.")
+    if isinstance(data, (list, tuple)) and not data:
+        raise CalibrationError("`calibration` is an empty list; give at least one text or one batch.")
+    if not isinstance(data, (str, os.PathLike)) and not isinstance(data, Iterable):
+        raise CalibrationError(f"`calibration`={data!r} is neither a name, nor a list, nor a dataloader.")
+
+
+def make_batches(calibration, model, tokenizer, seed):
+    """`(batches, provenance)` for one pass.
+
+    Args:
+        calibration ([`Calibration`]): the data.
+        model (`PreTrainedModel`): the dense model, for sampling and for sizes.
+        tokenizer (`Callable[[], PreTrainedTokenizer]`): called only if text has to be tokenized.
+        seed (`int`): of sampling.
+    """
+    data = calibration.data
+    if isinstance(data, str) and data == SELF:
+        sequences = sample_from(model, calibration, seed)
+        return _blocks(sequences, calibration), {**_sizes(calibration), "data": SELF, "seed": seed}
+    if isinstance(data, (str, os.PathLike)):
+        texts, name = _read_texts(os.fspath(data), calibration), Path(data).name
+    elif isinstance(data, (list, tuple)) and all(isinstance(item, str) for item in data):
+        texts, name = data, f"{len(data)} texts"
+    else:
+        return _checked_batches(data), {"data": "batches"}
+    sequences, digest = _tokenize(texts, tokenizer(), calibration, model)
+    return _blocks(sequences, calibration), {**_sizes(calibration), "data": name, "sha256": digest}
+
+
+def _sizes(calibration):
+    sizes = {"samples": calibration.samples, "length": calibration.length}
+    return {**sizes, "temperature": calibration.temperature} if calibration.data == SELF else sizes
+
+
+def _is_causal(model):
+    if not hasattr(model, "can_generate") or not model.can_generate():
+        return False
+    return not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+
+
+def _read_texts(path, calibration):
+    if path.endswith(".txt"):
+        return [Path(path).read_text(encoding="utf-8")]
+    if path.endswith(".jsonl"):
+        with open(path, encoding="utf-8") as lines:
+            return _column((json.loads(line) for line in lines if line.strip()), calibration, path)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CalibrationError(
+            f"`calibration`={path!r} is read as a data set id, which needs the datasets library: "
+            "`pip install datasets`. A list of texts, a .txt or a .jsonl file needs nothing more."
+        ) from error
+    name, _, subset = path.partition(":")
+    return _column(load_dataset(name, subset or None, split=calibration.split, streaming=True), calibration, path)
+
+
+def _column(rows, calibration, path):
+    for row in rows:
+        if calibration.text_column not in row:
+            raise CalibrationError(
+                f"`calibration`={path!r} has no column {calibration.text_column!r}; its columns are {sorted(row)}. "
+                "Name the right one with Calibration(text_column=...)."
+            )
+        yield row[calibration.text_column]
+
+
+def _tokenize(texts, tokenizer, calibration, model):
+    """Contiguous blocks without padding, from texts joined by blank lines, as many as asked for."""
+    wanted = calibration.samples * calibration.length
+    digest, ids = hashlib.sha256(), []
+    for text in texts:
+        digest.update(text.encode())
+        ids.extend(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
+        if len(ids) >= wanted:
+            break
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = min(calibration.length, limit or calibration.length, max(len(ids), 1))
+    count = min(len(ids) // length, calibration.samples)
+    if count == 0:
+        raise CalibrationError("`calibration` holds no text; give at least a few sentences.")
+    return torch.tensor(ids[: count * length]).view(count, length), digest.hexdigest()
+
+
+def _blocks(sequences, calibration):
+    return [{"input_ids": block} for block in sequences.split(calibration.batch_size)]
+
+
+def _checked_batches(batches):
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"A calibration batch is a {type(batch).__name__}, not a dict of the model's inputs; give texts, or "
+                "dicts as a tokenizer or processor makes them."
+            )
+        yield dict(batch)

@@ -1,0 +1,85 @@
+"""`LowRankConfig`: a [`Recipe`] that transformers carries through `from_pretrained` and writes into config.json."""
+
+from dataclasses import dataclass, field, fields
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, ConfigError
+from ..formats import FORMATS
+from ..recipe import Recipe
+
+
+QUANT_METHOD = "lowrank"
+VERSION = 1
+
+
+@register_quantization_config(QUANT_METHOD)
+@dataclass
+class LowRankConfig(Recipe, QuantizationConfigMixin):
+    """A [`Recipe`] for `from_pretrained`.
+
+    In a checkpoint it reads `{"quant_method": "lowrank", "version": 1, "recipe": ..., "modules": ...}`. Loading looks
+    at `modules` only: formats and shapes, never methods. `recipe` says how they came about.
+    """
+
+    # {module: {"format": name, ...}} of what is factorized; None until a plan is made.
+    modules: dict | None = field(default=None, repr=False)
+    # The recipe as it stands in a checkpoint; None for one that is yet to be carried out.
+    recipe: dict | None = field(default=None, repr=False)
+    # What one `from_pretrained` call knows beside its config; never copied into JSON.
+    session: object = field(default=None, repr=False)
+
+    quant_method: str = field(default=QUANT_METHOD, init=False, repr=False)
+
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        """From the JSON of a checkpoint, or from a dict of constructor arguments (which has no `modules`)."""
+        options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "version")}
+        if "modules" not in options:
+            unknown = sorted(set(options) - {f.name for f in fields(Recipe)})
+            if unknown:
+                raise ConfigError(
+                    f"LowRankConfig has no option {unknown}; its options are {[f.name for f in fields(Recipe)]}."
+                )
+            config = cls(**options)
+        else:
+            version = config_dict.get("version")
+            if version != VERSION:
+                raise CheckpointError(
+                    f"This checkpoint has lowrank config version {version!r}, this hf_lowrank reads version "
+                    f"{VERSION}; upgrade it with `pip install -U hf-lowrank`."
+                )
+            config = cls(modules=_checked(options["modules"]), recipe=options.get("recipe") or {})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self):
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": VERSION,
+            "recipe": self.to_json() if self.recipe is None else self.recipe,
+            "modules": self.modules or {},
+        }
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def get(self, key, default=None):
+        """Dict-like access, since transformers treats a loaded model's `quantization_config` as a dict."""
+        return getattr(self, key, default)
+
+
+# The arguments are documented once, where they are checked.
+LowRankConfig.__doc__ += Recipe.__doc__.partition("\n")[2]
+
+
+def _checked(modules):
+    if not isinstance(modules, dict):
+        raise CheckpointError(f"`modules` of the checkpoint's lowrank config is {type(modules).__name__}, not a dict.")
+    for name, spec in modules.items():
+        if not isinstance(spec, dict) or spec.get("format") not in FORMATS:
+            raise CheckpointError(
+                f"The checkpoint stores {name} as {spec!r}; this hf_lowrank knows the formats {FORMATS.names()}. "
+                "A newer version may know it: `pip install -U hf-lowrank`."
+            )
+    return modules

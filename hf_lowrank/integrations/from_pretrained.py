@@ -1,0 +1,133 @@
+"""The `lowrank_config=` keyword of `from_pretrained`, and the calibration pass that some methods need before it."""
+
+import contextlib
+import copy
+import functools
+import gc
+import os
+import tempfile
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from ..errors import ConfigError
+from ..factorize import make_plan
+from ..statistics import Statistics
+from .calibration import as_calibration, check_calibration, saved_statistics
+from .config import QUANT_METHOD, LowRankConfig
+from .quantizer import Session
+from .verbs import collect_for
+
+
+# Arguments that say where a repository is; the tokenizer is looked for in the same place.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def install_keyword():
+    """Teach `PreTrainedModel.from_pretrained` the keyword; idempotent."""
+    original = PreTrainedModel.from_pretrained.__func__
+    if hasattr(original, "lowrank_keyword"):
+        return
+
+    @functools.wraps(original)
+    def from_pretrained(cls, *args, lowrank_config=None, **kwargs):
+        config = _requested(lowrank_config, kwargs)
+        if config is None:
+            return original(cls, *args, **kwargs)
+        return _load(functools.partial(original, cls), cls, config, args, kwargs)
+
+    from_pretrained.lowrank_keyword = True
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _requested(lowrank_config, kwargs):
+    """A copy of the configuration the caller asks for, under either keyword, or `None`."""
+    other = kwargs.get("quantization_config")
+    if lowrank_config is None:
+        if isinstance(other, LowRankConfig):
+            return copy.deepcopy(other)
+        if isinstance(other, dict) and other.get("quant_method") == QUANT_METHOD:
+            return LowRankConfig.from_dict(other)
+        return None
+    if other is not None:
+        raise ConfigError(
+            "Give either `lowrank_config` or `quantization_config`; to quantize factors, factorize and save first."
+        )
+    if isinstance(lowrank_config, dict):
+        return LowRankConfig.from_dict(lowrank_config)
+    if not isinstance(lowrank_config, LowRankConfig):
+        raise ConfigError(f"`lowrank_config` must be a LowRankConfig or a dict, not {type(lowrank_config).__name__}.")
+    return copy.deepcopy(lowrank_config)
+
+
+def _load(load, cls, config, args, kwargs):
+    kwargs = {**kwargs, "quantization_config": config}
+    if kwargs.get("gguf_file") is not None:
+        raise ConfigError(
+            "A GGUF file cannot be factorized while it loads, since transformers has its own quantizer at work there; "
+            "load it without `lowrank_config`, then call hf_lowrank.factorize(model, config)."
+        )
+    session = config.session = Session(
+        key_mapping=kwargs.get("key_mapping"), offload_folder=kwargs.get("offload_folder")
+    )
+    with contextlib.ExitStack() as stack:
+        if config.needs_statistics and not _is_quantized(cls, args, kwargs):
+            _calibrate(load, cls, config, args, kwargs, stack)
+        try:
+            return load(*args, **kwargs)
+        except RuntimeError:
+            if session.failure is not None:
+                raise session.failure from None
+            raise
+
+
+def _model_config(cls, args, kwargs):
+    """The model's config as `from_pretrained` would see it."""
+    config = kwargs.get("config")
+    if isinstance(config, PreTrainedConfig):
+        return config
+    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+    return cls.config_class.from_pretrained(config or _path(args, kwargs), **hub)
+
+
+def _path(args, kwargs):
+    return args[0] if args else kwargs["pretrained_model_name_or_path"]
+
+
+def _is_quantized(cls, args, kwargs):
+    # Its own config wins, with a warning by transformers: calibrating would be for nothing.
+    return getattr(_model_config(cls, args, kwargs), "quantization_config", None) is not None
+
+
+def _calibrate(load, cls, config, args, kwargs, stack):
+    """Put statistics into the session: read them, or run the dense model over the calibration data and free it."""
+    calibration = as_calibration(config.calibration)
+    config.session.statistics = saved_statistics(calibration, kwargs.get("token"))
+    if config.session.statistics is not None:
+        config.session.provenance = config.session.statistics.provenance
+        return
+    with torch.device("meta"):
+        skeleton = cls(copy.deepcopy(_model_config(cls, args, kwargs)))
+    make_plan(skeleton, config)
+    check_calibration(calibration, skeleton)
+    del skeleton
+
+    path = _path(args, kwargs)
+
+    def tokenizer():
+        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        return AutoTokenizer.from_pretrained(path, **hub)
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_lowrank_"))
+    dense_kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
+    dense_kwargs.pop("output_loading_info", None)
+    if config.session.offload_folder is not None:
+        dense_kwargs["offload_folder"] = os.path.join(folder, "offload")
+    model = load(*args, **dense_kwargs)
+    statistics = collect_for(model, config, calibration, tokenizer)
+    file = os.path.join(folder, "statistics.safetensors")
+    statistics.save(file)
+    config.session.provenance = statistics.provenance
+    del model, statistics
+    gc.collect()
+    config.session.statistics = Statistics.load(file)

@@ -1,0 +1,61 @@
+"""Tensor parallelism of factorized layers: rewrite each layer's style into styles of its two factors."""
+
+import functools
+
+from ..errors import ConfigError
+from ..surgery import factorized
+
+
+def _colwise(name):
+    # Outputs are split: `left` by rows; `right` is small and replicated.
+    return {
+        f"{name}.left.weight": "colwise",
+        f"{name}.left.bias": "colwise",
+        f"{name}.left": "colwise",
+        f"{name}.right.weight": "replicate",
+        f"{name}.right": "replicate",
+    }
+
+
+def _rowwise(name):
+    # Inputs are split: `right` by columns, so that only `rank` numbers a token are summed; `left` is replicated.
+    return {
+        f"{name}.right.weight": "rowwise",
+        f"{name}.right": "rowwise",
+        f"{name}.left.weight": "replicate",
+        f"{name}.left.bias": "replicate",
+        f"{name}.left": "replicate",
+    }
+
+
+STYLES = {"colwise": _colwise, "rowwise": _rowwise}
+
+
+def rewrite_parallel_plan(model):
+    """Make `model` expand its tensor-parallel plan for factorized layers as well; the plan itself keeps its keys."""
+    if not hasattr(model, "_expand_parallel_plan"):
+        return
+    expand = model._expand_parallel_plan
+
+    @functools.wraps(expand)
+    def expand_parallel_plan(plan):
+        expanded = expand(plan)
+        for name in factorized(model):
+            style = expanded.pop(name, None)
+            for key in [key for key in expanded if key.startswith(f"{name}.")]:
+                style = style or expanded[key]
+                del expanded[key]
+            if style is None:
+                continue
+            if style not in STYLES:
+                raise ConfigError(
+                    f"Tensor parallelism of {name} has style {style!r}; factorized layers can be split "
+                    f"{sorted(STYLES)}. Leave it dense with `exclude_modules`."
+                )
+            rewritten = STYLES[style](name)
+            parameters = {key for key, _ in model.get_submodule(name).named_parameters(prefix=name)}
+            modules = {f"{name}.left", f"{name}.right"}
+            expanded.update({key: value for key, value in rewritten.items() if key in parameters | modules})
+        return expanded
+
+    model._expand_parallel_plan = expand_parallel_plan

@@ -1,0 +1,224 @@
+"""The quantizer: what transformers calls while it builds, fills, saves and restores a factorized model."""
+
+import copy
+import shutil
+from dataclasses import dataclass, field
+
+import torch
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..errors import CalibrationError, CheckpointError, ResourceError
+from ..factorize import make_plan
+from ..formats import FORMATS
+from ..statistics import STATISTICS
+from ..surgery import all_sites, specs
+from .checkpoint import parameter_names, stored_keys
+from .config import QUANT_METHOD
+from .guard import remove_guard
+from .parallel import rewrite_parallel_plan
+from .progress import Progress
+from .streaming import Factorize
+
+
+@dataclass
+class Session:
+    """What one `from_pretrained` call knows beside its config.
+
+    Args:
+        statistics ([`Statistics`], *optional*): for methods that need them.
+        key_mapping (`dict`, *optional*): as given to `from_pretrained`.
+        offload_folder (`str`, *optional*): as given to `from_pretrained`.
+        failure ([`LowRankError`], *optional*): the first error while tensors streamed in.
+        provenance (`dict`): JSON that describes the calibration.
+    """
+
+    statistics: object = None
+    key_mapping: dict | None = None
+    offload_folder: str | None = None
+    failure: Exception | None = None
+    provenance: dict = field(default_factory=dict)
+
+    def __deepcopy__(self, memo):
+        # transformers copies configs at will; they all belong to the same call.
+        return self
+
+
+@register_quantizer(QUANT_METHOD)
+class LowRankQuantizer(HfQuantizer):
+    """Factorizes on the fly (`pre_quantized=False`) or loads factors as they are (`pre_quantized=True`)."""
+
+    def __init__(self, quantization_config, **kwargs):
+        super().__init__(quantization_config, **kwargs)
+        self.session = quantization_config.session or Session()
+        self.placeholders = {}
+        self.plan = None
+        self.progress = None
+
+    @property
+    def format(self):
+        """The format class that on-the-fly factors are stored in."""
+        return FORMATS[self.quantization_config.format]
+
+    def update_attn_implementation(self, config):
+        # Called with the config before weight files are looked for, which is when the guard has to go.
+        remove_guard(config)
+        return config
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        if self.pre_quantized or not isinstance(device_map, dict) or "disk" not in device_map.values():
+            return
+        if self.session.offload_folder is None:
+            raise ResourceError(
+                "The device map sends weights to disk, and factors made on the fly have no file there yet; give "
+                "`offload_folder`, more memory in `max_memory`, or factorize once and reload the saved factors."
+            )
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if self.pre_quantized:
+            self._build_from_modules(model)
+        else:
+            self._build_placeholders(model, checkpoint_files)
+        rewrite_parallel_plan(model)
+
+    def _build_from_modules(self, model):
+        sites = {site.name: site for site in all_sites(model)}
+        found = {}
+        for name, spec in self.quantization_config.modules.items():
+            site = sites.get(_in_model(name, sites, model.base_model_prefix))
+            if site is not None:
+                found[site.name] = spec
+        if not found:
+            raise CheckpointError(
+                f"None of the {len(self.quantization_config.modules)} factorized modules of the checkpoint is in "
+                f"{type(model).__name__}; it was saved from another architecture."
+            )
+        for name, spec in found.items():
+            sites[name].kind.skeleton(model, sites[name], spec, _dtype(model, sites[name]))
+
+    def _build_placeholders(self, model, checkpoint_files):
+        config = self.quantization_config
+        available = None
+        if checkpoint_files:
+            names = parameter_names(model, stored_keys(checkpoint_files), self.session.key_mapping)
+            available = lambda site: site.weight_name in names  # noqa: E731
+        self.plan = make_plan(model, config, available)
+        if config.needs_statistics:
+            if self.session.statistics is None:
+                raise CalibrationError(
+                    f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration`="
+                    f"{config.calibration!r} gives none; pass data, saved statistics, or `method='svd'`."
+                )
+            self.session.statistics.check(statistics_shapes(self.plan.sites.values(), config.method.statistics))
+        config.modules = self.plan.specs(config.format)
+        config.recipe = {**config.to_json(), "calibration": self.session.provenance or None}
+        self._largest = max(_dense_bytes(site) for site in self.plan.sites.values())
+        for site in self.plan.sites.values():
+            dtype = _dtype(model, site)
+            site.kind.skeleton(model, site, config.modules[site.name], dtype)
+            for name, role in site.kind.placeholders(model, site, dtype).items():
+                self.placeholders[name] = (site, role)
+        self.progress = Progress(len(self.plan.sites))
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        return param_name in self.placeholders
+
+    def param_element_size(self, model, param_name, param):
+        # A placeholder is never filled, so that the automatic device map counts the factors only.
+        return 0 if param_name in self.placeholders else param.element_size()
+
+    def adjust_max_memory(self, max_memory):
+        if self.pre_quantized:
+            return max_memory
+        # Room for one dense weight and its float64 workspace on whatever device computes it.
+        reserve = 3 * self._largest
+        return {
+            device: size if device == "disk" or not isinstance(size, (int, float)) else max(0, size - reserve)
+            for device, size in max_memory.items()
+        }
+
+    def get_quantize_ops(self):
+        return Factorize(self)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        self.quantization_config.session = None
+        if self.progress is not None:
+            self.progress.close(_summary_line(self.plan, model))
+            self.progress = None
+
+    def check_offload_space(self, needed):
+        """Refuse an offload that the disk cannot hold."""
+        free = shutil.disk_usage(self.session.offload_folder).free
+        if needed > free:
+            raise ResourceError(
+                f"`offload_folder`={self.session.offload_folder!r} has {free / 1e9:.1f} GB free, "
+                f"{needed / 1e9:.1f} GB are needed; free some space or offload elsewhere."
+            )
+
+    def get_state_dict_and_metadata(self, model):
+        # Ranks may have changed since loading; what is written must describe what is saved. This runs before the
+        # config is written.
+        self.quantization_config.modules = specs(model)
+        return None, {}
+
+    def _dequantize(self, model, dtype=None):
+        from .verbs import to_dense
+
+        return to_dense(model)
+
+    def is_serializable(self):
+        return True
+
+    @property
+    def is_trainable(self):
+        return True
+
+    @property
+    def is_qat_trainable(self):
+        # Factors are ordinary parameters: nothing stands in the way of training them.
+        return True
+
+    @property
+    def is_compileable(self):
+        return True
+
+
+def attach(model, config):
+    """Make a model factorized in memory save like one that was loaded factorized."""
+    config = copy.copy(config)
+    config.session = None
+    quantizer = LowRankQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
+
+
+def statistics_shapes(sites, names):
+    """`{module: {statistic: shape}}` that a method with statistics `names` needs."""
+    return {
+        site.name: {name: STATISTICS[name].shape(site.out_features, site.in_features) for name in names}
+        for site in sites
+    }
+
+
+def _in_model(name, sites, prefix):
+    # A base model and a model with a head differ by the base's prefix.
+    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+        if candidate in sites:
+            return candidate
+    return None
+
+
+def _dtype(model, site):
+    owner, _, leaf = site.weight_name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf).dtype
+
+
+def _dense_bytes(site):
+    return site.copies * site.out_features * site.in_features * torch.float32.itemsize
+
+
+def _summary_line(plan, model):
+    before = sum(site.copies * site.out_features * site.in_features for site in plan.sites.values())
+    after = sum(p.numel() for site in plan.sites.values() for p in site.kind.parameters(model, site.name))
+    kept = f" ({len(plan.dense)} left dense)" if plan.dense else ""
+    return f"Factorized {len(plan.sites)} matrices{kept}: {before / 1e6:.1f}M -> {after / 1e6:.1f}M parameters"

@@ -1,0 +1,61 @@
+"""Factorize tensor by tensor while a checkpoint streams in, on the device each tensor is mapped to."""
+
+import torch
+from transformers.core_model_loading import ConversionOps
+
+from ..errors import LowRankError
+from ..factorize import factorize_site
+
+
+class Factorize(ConversionOps):
+    """Turns a dense tensor whose name is a placeholder into the parameters of the factorized layer.
+
+    transformers collects exceptions and goes on loading; the first error is therefore kept in the session, everything
+    after it is skipped at once, and `from_pretrained` raises it in its own type.
+    """
+
+    def __init__(self, quantizer):
+        self.quantizer = quantizer
+
+    @torch.no_grad()
+    def convert(self, input_dict, model=None, missing_keys=None, **kwargs):
+        session = self.quantizer.session
+        if session.failure is not None:
+            raise session.failure
+        converted = {}
+        for name in list(input_dict):
+            tensor = input_dict.pop(name)
+            tensor = tensor[0] if isinstance(tensor, list) else tensor
+            site, role = self.quantizer.placeholders.pop(name, (None, None))
+            if site is None:
+                converted[name] = tensor
+                continue
+            owner, _, leaf = name.rpartition(".")
+            del model.get_submodule(owner)._parameters[leaf]
+            if missing_keys is not None:
+                missing_keys.discard(name)
+            if role == "bias":
+                converted[site.kind.bias_name(site, self.quantizer.format)] = tensor
+            else:
+                converted.update(self._factors(model, site, tensor))
+        return converted
+
+    def _factors(self, model, site, tensor):
+        quantizer = self.quantizer
+        config = quantizer.quantization_config
+        quantizer.progress.start(site.name)
+        try:
+            weight = site.kind.oriented(model, site, tensor)
+            rank = quantizer.plan.ranks[site.name]
+            tensors, error = factorize_site(site, weight, rank, config, quantizer.session.statistics, tensor.dtype)
+        except LowRankError as failure:
+            quantizer.session.failure = failure
+            raise
+        site.kind.set_error(model, site.name, error)
+        config.modules[site.name]["relative_error"] = error
+        quantizer.progress.done()
+        return tensors
+
+    @property
+    def reverse_op(self):
+        raise NotImplementedError("Factors are saved as they are; `hf_lowrank.to_dense` multiplies them out.")

@@ -1,0 +1,57 @@
+"""Square roots of positive semi-definite matrices that never fail silently."""
+
+import warnings
+
+import torch
+
+from ..errors import NonFiniteError, NotPSDError, NumericalWarning
+
+
+JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+
+
+def shrink(gram, amount):
+    r"""Shrink towards a multiple of the identity: `(1 - a) C + a mean(diag C) I`, with `a` in [0, 1]."""
+    if amount == 0:
+        return gram
+    shrunk = gram * (1 - amount)
+    shrunk.diagonal().add_(amount * gram.diagonal().mean())
+    return shrunk
+
+
+def psd_sqrt(gram):
+    """Some `S` with `S @ S.T == gram` for any positive semi-definite `gram` (singular ones too): `(n, n)`."""
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def psd_safe_cholesky(gram):
+    """Lower Cholesky factor, with a documented jitter ladder.
+
+    Tries `gram + j * mean(diag gram) * I` for j in 0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4 and warns with
+    [`NumericalWarning`] about every j > 0 that was needed.
+
+    Raises:
+        NonFiniteError: `gram` holds NaN or infinity.
+        NotPSDError: even the last jitter does not help.
+    """
+    if not torch.isfinite(gram).all():
+        raise NonFiniteError(f"A Gram matrix of shape {tuple(gram.shape)} holds NaN or infinite values.")
+    scale = gram.diagonal().mean()
+    for jitter in JITTERS:
+        shifted = gram.clone()
+        shifted.diagonal().add_(jitter * scale)
+        factor, info = torch.linalg.cholesky_ex(shifted)
+        if info == 0:
+            if jitter:
+                warnings.warn(
+                    f"A Gram matrix of shape {tuple(gram.shape)} is singular: added {jitter:g} of its mean diagonal. "
+                    "More calibration tokens, or a method without an inverse, avoid this.",
+                    NumericalWarning,
+                    stacklevel=2,
+                )
+            return factor
+    raise NotPSDError(
+        f"A Gram matrix of shape {tuple(gram.shape)} is not positive definite after jitter up to {JITTERS[-1]:g} of "
+        "its mean diagonal; it is damaged or was accumulated in too low a precision."
+    )

@@ -1,0 +1,66 @@
+"""What a method is: a frozen dataclass of options that turns one weight and its statistics into factors."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..registry import Registry
+
+
+METHODS = Registry("method")
+register_method = METHODS.register
+
+
+@dataclass(frozen=True)
+class Factors:
+    r"""Two factors and the error they leave, `W ~ left @ right`.
+
+    Args:
+        left (`torch.Tensor`): `(out, r)`, float64.
+        right (`torch.Tensor`): `(r, in)`, float64.
+        relative_error (`float`): `sqrt(objective / objective of the zero matrix)`, in the method's own metric,
+            in [0, 1].
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    relative_error: float
+
+    @classmethod
+    def from_energies(cls, left, right, energies):
+        """Factors whose objective at rank r is the tail sum of `energies` beyond r."""
+        total = energies.sum()
+        tail = energies[left.shape[1] :].sum()
+        return cls(left, right, float((tail / total).sqrt()) if total > 0 else 0.0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class of methods; a subclass is one file in `hf_lowrank/methods`, registered by `register_method`.
+
+    Class attributes:
+        statistics (`tuple[str]`): registered statistics it reads, and no others; empty for data-free methods.
+        format (`str`): the format its factors are stored in unless the user chooses another.
+    """
+
+    name: ClassVar[str]
+    statistics: ClassVar[tuple] = ()
+    format: ClassVar[str] = "low_rank"
+
+    def factorize(self, weight, rank, stats):
+        """Factors of `weight` at `rank`.
+
+        Args:
+            weight (`torch.Tensor`): `(out, in)`, any floating dtype; computed in float64.
+            rank (`int`): in `1 .. min(out, in)`.
+            stats (`dict[str, torch.Tensor]`): one entry for each name in `statistics`.
+
+        Returns:
+            [`Factors`]
+        """
+        raise NotImplementedError
+
+    def error_curve(self, weight, stats):
+        """The objective at every rank: entry r - 1 is the squared error at rank r, `(min(out, in),)`, float64."""
+        raise NotImplementedError

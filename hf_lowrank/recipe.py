@@ -1,0 +1,132 @@
+"""What the user asks for: method, budget, targets. Plain data, checked when it is made."""
+
+import re
+from dataclasses import dataclass, field, fields
+
+from .allocation import ALLOCATORS
+from .errors import ConfigError
+from .formats import FORMATS
+from .methods import METHODS
+
+
+DENSE = "dense"
+
+
+@dataclass
+class Recipe:
+    """How to factorize a model.
+
+    Args:
+        method (`str`, `dict` or [`Method`], defaults to `"whitened_svd"`): how factors are computed; a registered
+            name, `{"name": ..., **options}`, or an instance.
+        param_ratio (`float`, *optional*): parameters kept / parameters of the targeted linears, in (0, 1]. Defaults
+            to 0.8 where no other budget is given.
+        target_params (`int`, *optional*): parameters the targeted linears may keep, at least 1.
+        rank (`int`, *optional*): the same rank for every target; at break-even and above a weight stays dense.
+        rank_pattern (`dict[str, int | "dense"]`, *optional*): module name, dotted suffix or regular expression ->
+            rank; wins over every budget. These weights do not count against the budget.
+        allocation (`str`, `dict` or [`Allocator`], defaults to `"uniform"`): who gets how much of the budget.
+        format (`str`, *optional*): how factors are stored; the method's own format by default.
+        rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
+        target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
+            and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.
+        exclude_modules (`str` or `list[str]`, *optional*): what to leave dense, by the same rule.
+        calibration (*optional*, defaults to `"self"`): where statistics come from, for methods that need them:
+            `"self"` (text sampled from the model itself), a data set id, a `.jsonl` or `.txt` file, a list of texts,
+            a list of batches or a dataloader, a `.safetensors` file of saved statistics (local, or
+            `owner/repository/file.safetensors` on the Hub), a [`Calibration`] with sizes, or `None`.
+        compute_device (`str`, *optional*): where factors are computed; by default where the weight is.
+        seed (`int`, defaults to 0): seeds everything that is random.
+
+    Raises:
+        ConfigError: a value that is not allowed; the message names argument, value, allowed set and cure.
+    """
+
+    method: object = "whitened_svd"
+    param_ratio: float | None = None
+    target_params: int | None = None
+    rank: int | None = None
+    rank_pattern: dict = field(default_factory=dict)
+    allocation: object = "uniform"
+    format: str | None = None
+    rank_multiple: int = 8
+    target_modules: object = "all-linear"
+    exclude_modules: object = None
+    calibration: object = "self"
+    compute_device: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        self.method = METHODS.build(self.method)
+        self.allocation = ALLOCATORS.build(self.allocation)
+        if self.format is None:
+            self.format = self.method.format
+        FORMATS[self.format]
+        self._check_budget()
+        self._check_patterns()
+        if not _is_int(self.rank_multiple, 1):
+            raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
+        if not _is_int(self.seed, 0):
+            raise ConfigError(f"`seed`={self.seed!r} must be an integer of at least 0.")
+
+    def _check_budget(self):
+        given = [name for name in ("param_ratio", "target_params", "rank") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"Give one budget, not {given}; single layers are set apart with `rank_pattern`.")
+        if not given:
+            self.param_ratio = 0.8
+        ratio = self.param_ratio
+        is_number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
+        if ratio is not None and not (is_number and 0 < ratio <= 1):
+            raise ConfigError(
+                f"`param_ratio`={ratio!r} must be in (0, 1]: the fraction of the targeted parameters that is *kept*; "
+                "0.8 makes them 1.25x smaller."
+            )
+        for name in ("target_params", "rank"):
+            value = getattr(self, name)
+            if value is not None and not _is_int(value, 1):
+                raise ConfigError(f"`{name}`={value!r} must be an integer of at least 1.")
+
+    def _check_patterns(self):
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is None and name == "exclude_modules":
+                continue
+            entries = [value] if isinstance(value, str) else value
+            if (
+                not isinstance(entries, (list, tuple, set))
+                or not entries
+                or not all(isinstance(e, str) and e for e in entries)
+            ):
+                raise ConfigError(
+                    f"`{name}`={value!r} must be a regular expression, or a non-empty list of names or suffixes."
+                )
+            if not isinstance(value, str):
+                setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+        if not isinstance(self.rank_pattern, dict):
+            raise ConfigError(f"`rank_pattern`={self.rank_pattern!r} must be a dict from module names to ranks.")
+        for pattern, rank in self.rank_pattern.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"`rank_pattern` key {pattern!r} is not a regular expression: {error}.") from error
+            if rank != DENSE and not _is_int(rank, 1):
+                raise ConfigError(
+                    f"`rank_pattern`[{pattern!r}]={rank!r} must be an integer of at least 1, or {DENSE!r}."
+                )
+
+    @property
+    def needs_statistics(self):
+        """Whether the method reads calibration statistics."""
+        return bool(self.method.statistics)
+
+    def to_json(self):
+        """The recipe as plain JSON, defaults included; the calibration is described by whoever resolved it."""
+        described = {f.name: getattr(self, f.name) for f in fields(Recipe) if f.name != "calibration"}
+        described["method"] = METHODS.describe(self.method)
+        described["allocation"] = ALLOCATORS.describe(self.allocation)
+        return {name: value for name, value in described.items() if value is not None and value != {}}
+
+
+def _is_int(value, least):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -1,0 +1,78 @@
+"""Name -> class tables. A file that registers its class is found by every shared test and every loader."""
+
+import dataclasses
+import importlib
+import pkgutil
+
+from .errors import ConfigError, UnknownNameError
+
+
+class Registry:
+    """A table of dataclasses (or modules) under unique names.
+
+    Args:
+        kind (`str`): what the table holds, in the singular; used in messages (`"method"`).
+    """
+
+    def __init__(self, kind):
+        self.kind = kind
+        self._classes = {}
+
+    def register(self, name):
+        """Class decorator that enters the class under `name` and sets its `name` attribute."""
+
+        def enter(cls):
+            if name in self._classes and self._classes[name] is not cls:
+                raise ConfigError(f"{self.kind} {name!r} is already registered by {self._classes[name].__qualname__}.")
+            cls.name = name
+            self._classes[name] = cls
+            return cls
+
+        return enter
+
+    def __getitem__(self, name):
+        if name not in self._classes:
+            raise UnknownNameError(f"Unknown {self.kind} {name!r}; choose one of {self.names()}.")
+        return self._classes[name]
+
+    def __contains__(self, name):
+        return name in self._classes
+
+    def names(self):
+        """All registered names, sorted."""
+        return sorted(self._classes)
+
+    def build(self, value):
+        """An instance from a name, from `{"name": ..., **options}` or from an instance (returned as it is)."""
+        if isinstance(value, str):
+            return self[value]()
+        if isinstance(value, dict):
+            options = dict(value)
+            cls = self[options.pop("name", None)]
+            allowed = [field.name for field in dataclasses.fields(cls)]
+            unknown = sorted(set(options) - set(allowed))
+            if unknown:
+                raise ConfigError(f"{self.kind} {cls.name!r} has no option {unknown}; its options are {allowed}.")
+            return cls(**options)
+        if type(value) in self._classes.values():
+            return value
+        raise ConfigError(
+            f"`{self.kind}` must be a registered name, a dict with a name, or an instance; got {value!r}. "
+            f"Registered: {self.names()}."
+        )
+
+    def describe(self, instance):
+        """The JSON form of `instance` that [`Registry.build`] accepts: a bare name where all options are defaults."""
+        options = {
+            field.name: getattr(instance, field.name)
+            for field in dataclasses.fields(instance)
+            if getattr(instance, field.name) != field.default
+        }
+        return {"name": instance.name, **options} if options else instance.name
+
+
+def import_submodules(package):
+    """Import every public module of `package`, so that its decorators run; import errors are not caught."""
+    for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+        if not module.name.rpartition(".")[2].startswith("_"):
+            importlib.import_module(module.name)

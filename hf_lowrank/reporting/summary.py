@@ -1,0 +1,104 @@
+"""What became of a model: a table of its factorized layers, and totals of the whole."""
+
+from dataclasses import dataclass
+
+from ..surgery import factorized, specs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One factorized layer.
+
+    Args:
+        name (`str`): the module.
+        format (`str`): how it is stored.
+        rank (`int`): of its factors.
+        shape (`str`): `out x in`, with the number of copies in front where there are several.
+        parameters (`int`): numbers stored, bias excluded.
+        dense_parameters (`int`): numbers the dense weight would store.
+        bytes (`int`): bytes stored, bias excluded.
+        relative_error (`float`, *optional*): recorded when it was factorized, in its method's metric.
+    """
+
+    name: str
+    format: str
+    rank: int
+    shape: str
+    parameters: int
+    dense_parameters: int
+    bytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table and the totals; `print(summary)` shows both.
+
+    Args:
+        rows (`list[Row]`): factorized layers in the order of the model.
+        parameters (`int`): of the whole model, as it stands.
+        dense_parameters (`int`): of the whole model, if nothing were factorized.
+        bytes (`int`): of the whole model's parameters.
+        dense_bytes (`int`): of the whole model's parameters, if nothing were factorized.
+    """
+
+    rows: list
+    parameters: int
+    dense_parameters: int
+    bytes: int
+    dense_bytes: int
+
+    @property
+    def line(self):
+        """One line: parameters, bytes, and how many times smaller the whole model is."""
+        return (
+            f"{len(self.rows)} factorized layers, {self.dense_parameters / 1e6:.1f}M -> {self.parameters / 1e6:.1f}M "
+            f"parameters, {self.dense_bytes / 2**20:.1f} -> {self.bytes / 2**20:.1f} MiB, "
+            f"{self.dense_bytes / max(self.bytes, 1):.2f}x smaller"
+        )
+
+    def __str__(self):
+        head = ("module", "format", "rank", "shape", "parameters", "kept", "MiB", "error")
+        cells = [head] + [
+            (
+                row.name,
+                row.format,
+                str(row.rank),
+                row.shape,
+                str(row.parameters),
+                f"{row.parameters / row.dense_parameters:.1%}",
+                f"{row.bytes / 2**20:.2f}",
+                "" if row.relative_error is None else f"{row.relative_error:.4f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        return "\n".join([*(line.rstrip() for line in lines), self.line])
+
+
+def summary(model):
+    """Tabulate the factorized layers of `model`.
+
+    Args:
+        model (`torch.nn.Module`): factorized in memory, at load, or reloaded.
+
+    Returns:
+        [`Summary`]; print it, or read its `rows`.
+    """
+    rows, saved_numbers, saved_bytes = [], 0, 0
+    described = specs(model)
+    for name, kind in factorized(model).items():
+        spec = described[name]
+        copies, out_features, in_features = kind.dense_shape(model, name)
+        parameters = kind.parameters(model, name)
+        stored = sum(p.numel() for p in parameters)
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        dense = copies * out_features * in_features
+        shape = f"{out_features} x {in_features}" if copies == 1 else f"{copies} x {out_features} x {in_features}"
+        rows.append(Row(name, spec["format"], spec["rank"], shape, stored, dense, size, spec.get("relative_error")))
+        saved_numbers += dense - stored
+        saved_bytes += dense * parameters[0].element_size() - size
+    parameters = sum(p.numel() for p in model.parameters())
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Summary(rows, parameters, parameters + saved_numbers, size, size + saved_bytes)

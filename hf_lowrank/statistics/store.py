@@ -1,0 +1,133 @@
+"""Statistics in memory or in one safetensors file: what a calibration pass leaves behind."""
+
+import json
+import os
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import StatisticsError
+
+
+FORMAT = "hf_lowrank.statistics"
+VERSION = 1
+
+
+class Statistics:
+    """Finished statistics of a model, read one tensor at a time.
+
+    Args:
+        leaders (`dict[str, str]`): for each module, the module under whose name its statistics are kept; modules that
+            read the same input share one.
+        tensors (`dict[str, dict[str, torch.Tensor]]`): `{leader: {statistic: tensor}}`.
+        provenance (`dict`): JSON: what was collected from, how many tokens.
+    """
+
+    def __init__(self, leaders, tensors, provenance):
+        self.leaders = leaders
+        self.provenance = provenance
+        self._tensors = tensors
+
+    def __contains__(self, module):
+        return module in self.leaders
+
+    def get(self, module, names):
+        """`{statistic: tensor}` of `module` for the statistics in `names`."""
+        if module not in self.leaders:
+            raise StatisticsError(f"No statistics for {module}; they cover {_some(self.leaders)}.")
+        found = self._read(self.leaders[module])
+        missing = sorted(set(names) - set(found))
+        if missing:
+            raise StatisticsError(
+                f"The statistics hold {sorted(found)} for {module}, but {missing} is needed; collect them again with "
+                "the method that is to use them."
+            )
+        return {name: found[name] for name in names}
+
+    def check(self, shapes):
+        """Raise [`StatisticsError`] unless every `{module: {statistic: shape}}` of `shapes` is covered and fits."""
+        missing = [module for module in shapes if module not in self.leaders]
+        if missing:
+            raise StatisticsError(
+                f"The statistics are of another model: they miss {len(missing)} of {len(shapes)} modules, such as "
+                f"{missing[0]}; they cover {_some(self.leaders)}. Collect them with the model they are meant for."
+            )
+        known = self._shapes()
+        for module, wanted in shapes.items():
+            for name, shape in wanted.items():
+                found = known.get((self.leaders[module], name))
+                if found is None or tuple(found) != tuple(shape):
+                    raise StatisticsError(
+                        f"The statistics are of another model or another method: `{name}` of {module} has shape "
+                        f"{None if found is None else tuple(found)}, but {tuple(shape)} is needed."
+                    )
+
+    def save(self, path):
+        """Write everything to one safetensors file; the file appears only when it is complete."""
+        flat = {f"{leader}:{name}": t for leader, found in self._tensors.items() for name, t in found.items()}
+        header = {"format": FORMAT, "version": VERSION, "leaders": self.leaders, "provenance": self.provenance}
+        partial = f"{os.fspath(path)}.partial"
+        try:
+            save_file(flat, partial, metadata={"hf_lowrank": json.dumps(header)})
+            os.replace(partial, path)
+        finally:
+            if os.path.exists(partial):
+                os.remove(partial)
+
+    @staticmethod
+    def load(path):
+        """Open a file written by [`Statistics.save`]; tensors are read when asked for."""
+        return StatisticsFile(path)
+
+    def _read(self, leader):
+        return self._tensors[leader]
+
+    def _shapes(self):
+        return {(leader, name): t.shape for leader, found in self._tensors.items() for name, t in found.items()}
+
+
+class StatisticsFile(Statistics):
+    """Statistics that stay on disk; holds a path, so it can be copied and pickled freely."""
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("hf_lowrank", "{}"))
+                self._keys = list(file.keys())
+        except (OSError, SafetensorError) as error:
+            raise StatisticsError(f"Cannot read statistics from {self.path}: {error}") from error
+        if header.get("format") != FORMAT or header.get("version") != VERSION:
+            raise StatisticsError(
+                f"{self.path} is not a statistics file of version {VERSION} (it says {header.get('format')!r}, "
+                f"version {header.get('version')!r}); write one with hf_lowrank.collect_statistics(...).save(path)."
+            )
+        super().__init__(header["leaders"], None, header["provenance"])
+
+    def _read(self, leader):
+        with safe_open(self.path, "pt") as file:
+            prefix = f"{leader}:"
+            return {key[len(prefix) :]: file.get_tensor(key) for key in self._keys if key.startswith(prefix)}
+
+    def _shapes(self):
+        with safe_open(self.path, "pt") as file:
+            return {tuple(key.rsplit(":", 1)): file.get_slice(key).get_shape() for key in self._keys}
+
+    def save(self, path):
+        tensors = {leader: self._read(leader) for leader in set(self.leaders.values())}
+        Statistics(self.leaders, tensors, self.provenance).save(path)
+
+
+def check_finite(leader, name, tensor):
+    """Raise if calibration produced NaN or infinity; the culprit is the layer in front of `leader`."""
+    if not torch.isfinite(tensor).all():
+        raise StatisticsError(
+            f"The calibration inputs of {leader} hold NaN or infinite values (seen in `{name}`); the model overflows "
+            "before that layer. Load it in float32 or bfloat16 for calibration, or check its weights and the data."
+        )
+
+
+def _some(names):
+    names = sorted(names)
+    return f"{len(names)} modules, such as {names[0]}" if names else "no modules"

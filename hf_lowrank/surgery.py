@@ -1,0 +1,295 @@
+"""Find linear maps in a model, take them out, put others in. Works by module shape; knows no architecture."""
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, TargetError
+from .formats import FORMATS, FormatLinear
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight that can be factorized.
+
+    Args:
+        name (`str`): dotted name; of the module, or of the parameter where one module holds several weights.
+        kind ([`LinearKind`]): how to read, watch and replace it.
+        out_features (`int`): rows of the weight, whatever its layout in memory.
+        in_features (`int`): columns of the weight.
+        bias (`bool`): whether it carries a bias.
+        copies (`int`, defaults to 1): weights of this shape stored together (experts).
+    """
+
+    name: str
+    kind: "LinearKind" = field(repr=False)
+    out_features: int = 0
+    in_features: int = 0
+    bias: bool = False
+    copies: int = 1
+
+    @property
+    def weight_name(self):
+        """Full name of the dense parameter."""
+        return self.kind.weight_name(self.name)
+
+    @property
+    def owner(self):
+        """Name of the module that holds the weight."""
+        return self.weight_name.rpartition(".")[0]
+
+
+class LinearKind:
+    """How one sort of module stores linear maps. This base handles modules that hold exactly one.
+
+    Args:
+        cls (`type`): the module class; subclasses are not matched, since they may compute something else.
+        transposed (`bool`): the weight is stored as `(in, out)`.
+    """
+
+    # Whether a site is a whole module; experts keep several sites in one.
+    single = True
+    # The grouped kernels of experts want aligned rows; plain linears take any rank.
+    min_rank_multiple = 1
+    # Formats that can hold such a site; None for all.
+    formats = None
+
+    def __init__(self, cls, transposed=False):
+        self.cls = cls
+        self.transposed = transposed
+
+    def matches(self, module):
+        """Whether `module` is of this kind and still dense."""
+        return type(module) is self.cls and module.weight is not None and module.weight.ndim == 2
+
+    def sites(self, name, module):
+        """The sites in `module`, which is called `name`."""
+        shape = module.weight.shape[::-1] if self.transposed else module.weight.shape
+        return [Site(name, self, *shape, bias=module.bias is not None)]
+
+    def weight_name(self, name):
+        """Full name of the dense parameter of the site `name`."""
+        return f"{name}.weight"
+
+    def weight(self, model, site):
+        """The dense weight as `(copies, out, in)`."""
+        return self.oriented(model, site, model.get_submodule(site.name).weight.detach())
+
+    def oriented(self, model, site, weight):
+        """A dense weight in its own layout as `(copies, out, in)`."""
+        return (weight.T if self.transposed else weight)[None]
+
+    def bias(self, model, site):
+        """The bias of the dense layer where the factorized layer keeps it elsewhere, or `None`."""
+        return model.get_submodule(site.name).bias
+
+    def skeleton(self, model, site, spec, dtype):
+        """Put an empty module in the format `spec` describes, on the meta device, into `model`."""
+        layer = FORMATS[spec["format"]].from_spec(
+            spec,
+            site.in_features,
+            site.out_features,
+            site.bias,
+            transposed=self.transposed,
+            device="meta",
+            dtype=dtype,
+        )
+        layer.relative_error = spec.get("relative_error")
+        layer.train(model.get_submodule(site.name).training)
+        model.set_submodule(site.name, layer)
+
+    def placeholders(self, model, site, dtype):
+        """Give the factorized site empty parameters under the dense names too, so that checkpoint keys match.
+
+        Returns `{full name: "weight" or "bias"}`.
+        """
+        layer = model.get_submodule(site.name)
+        shape = (site.in_features, site.out_features) if self.transposed else (site.out_features, site.in_features)
+        # Not register_parameter: the names are properties of the layer.
+        layer._parameters["weight"] = nn.Parameter(torch.empty(shape, device="meta", dtype=dtype))
+        if site.bias:
+            layer._parameters["bias"] = nn.Parameter(torch.empty(site.out_features, device="meta", dtype=dtype))
+        return {f"{site.name}.{leaf}": leaf for leaf in ("weight", "bias")[: 1 + site.bias]}
+
+    def tensors(self, site, format, factors, dtype):
+        """The parameters of the factorized site, bias excluded, by full name; `factors` has one entry a copy."""
+        state = format.from_factors(factors[0], dtype=dtype).state_dict()
+        return {f"{site.name}.{key}": value for key, value in state.items()}
+
+    def bias_name(self, site, format):
+        """Full name the bias has in the factorized layer; `None` where it keeps its name."""
+        return f"{site.name}.{format.bias_name}"
+
+    def spec(self, model, name):
+        """What the checkpoint has to say about the factorized site `name`."""
+        return model.get_submodule(name).spec()
+
+    def relative_error(self, model, name):
+        """The error recorded when the site was factorized, or `None`."""
+        return model.get_submodule(name).relative_error
+
+    def set_error(self, model, name, error):
+        """Record the error of a factorized site."""
+        model.get_submodule(name).relative_error = error
+
+    def parameters(self, model, name):
+        """The parameters of a factorized site, bias excluded."""
+        layer = model.get_submodule(name)
+        return [p for key, p in layer.named_parameters() if key != layer.bias_name]
+
+    def dense_shape(self, model, name):
+        """`(copies, out, in)` of a factorized site."""
+        layer = model.get_submodule(name)
+        return 1, layer.out_features, layer.in_features
+
+    def to_dense(self, model, name):
+        """Put an ordinary layer of this kind back."""
+        layer = model.get_submodule(name)
+        weight = layer.weight.materialize()
+        dense = self.empty(layer.in_features, layer.out_features, layer.bias is not None)
+        dense.weight = nn.Parameter(weight.contiguous())
+        if layer.bias is not None:
+            dense.bias = layer.bias
+        dense.train(layer.training)
+        model.set_submodule(name, dense)
+
+    def empty(self, in_features, out_features, bias):
+        """A dense module of this kind without values."""
+        return self.cls(in_features, out_features, bias=bias, device="meta")
+
+    @contextmanager
+    def watch(self, model, sites, observe):
+        """While open, call `observe(site_name, inputs)` for every input of the sites, which live in one module."""
+        module = model.get_submodule(sites[0].name)
+        # The hook must return None: anything else would replace the input.
+        handle = module.register_forward_pre_hook(lambda _, args: observe(sites[0].name, args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+LINEAR_KINDS = [LinearKind(nn.Linear)]
+
+
+def register_linear_kind(kind):
+    """Make another sort of module factorizable; a second kind for the same class is ignored."""
+    if all(type(known) is not type(kind) or known.cls is not kind.cls for known in LINEAR_KINDS):
+        LINEAR_KINDS.append(kind)
+
+
+def kind_of(module):
+    """The kind of a dense `module`, or `None`."""
+    return next((kind for kind in LINEAR_KINDS if kind.matches(module)), None)
+
+
+def dense_kind(layer):
+    """The kind a factorized single layer goes back to."""
+    return next(kind for kind in LINEAR_KINDS if kind.single and kind.transposed == layer.transposed)
+
+
+def all_sites(model):
+    """Every dense linear map of `model`, shared modules once, in the order of the modules."""
+    found = []
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is not None:
+            found.extend(kind.sites(name, module))
+    return found
+
+
+def factorized(model):
+    """`{name: kind}` of every factorized site of `model`."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FormatLinear):
+            found[name] = dense_kind(module)
+        else:
+            for site_name in getattr(module, "lowrank_sites", ()):
+                found[f"{name}.{site_name}" if name else site_name] = module.lowrank_kind
+    return found
+
+
+def default_exclusions(model):
+    """Names that `"all-linear"` leaves alone: embeddings' linears, output heads, and tied weights.
+
+    A head is the output embedding and, where a model declares its base (`base_model_prefix`), every linear outside it.
+    """
+    names = set()
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for key in (*tied.keys(), *tied.values()):
+        names.add(key.removesuffix(".weight"))
+    prefix = getattr(model, "base_model_prefix", "")
+    base = getattr(model, prefix, None) if prefix else None
+    outside = isinstance(base, nn.Module)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for name, module in model.named_modules():
+        if module is head or (outside and name and not (name + ".").startswith(prefix + ".")):
+            names.add(name)
+    return names
+
+
+def matches(pattern, name):
+    """PEFT's rule: a string is a regular expression for the full name; a list holds names or dotted suffixes."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == entry or name.endswith("." + entry) for entry in pattern)
+
+
+def match_sites(model, target_modules="all-linear", exclude_modules=None):
+    """The sites a configuration asks for.
+
+    Args:
+        model (`torch.nn.Module`): any module; a linear at its root is found too.
+        target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
+            and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.
+        exclude_modules (`str` or `list[str]`, *optional*): what to leave out of these, by the same rule.
+
+    Raises:
+        TargetError: a target or an exclusion that matches no linear, or a target whose weight is tied.
+    """
+    sites = all_sites(model)
+    names = [site.name for site in sites]
+    for argument, pattern in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        for entry in [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern or ()]:
+            if entry != "all-linear" and not any(_hits(entry, name, argument) for name in names):
+                raise TargetError(
+                    f"`{argument}`={entry if isinstance(entry, str) else entry[0]!r} matches no linear layer; the "
+                    f"model has {len(names)}, such as {', '.join(names[:3]) or 'none at all'}."
+                )
+    if target_modules == "all-linear":
+        skip = default_exclusions(model)
+        sites = [site for site in sites if site.name not in skip]
+    else:
+        sites = [site for site in sites if _hits(target_modules, site.name, "target_modules")]
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for site in sites:
+            if site.weight_name in tied.keys() | tied.values():
+                raise TargetError(
+                    f"`target_modules` names {site.name}, whose weight is tied to another module; untie it first "
+                    "(`tie_word_embeddings=False`), or leave it out."
+                )
+    if exclude_modules:
+        sites = [site for site in sites if not _hits(exclude_modules, site.name, "exclude_modules")]
+    return sites
+
+
+def _hits(pattern, name, argument):
+    try:
+        return matches(pattern, name)
+    except re.error as error:
+        raise ConfigError(f"`{argument}`={pattern!r} is not a regular expression: {error}.") from error
+
+
+def specs(model):
+    """What a checkpoint has to say about `model` as it stands: `{name: {"format", ..., "relative_error"}}`."""
+    found = {}
+    for name, kind in factorized(model).items():
+        found[name] = kind.spec(model, name)
+        error = kind.relative_error(model, name)
+        if error is not None:
+            found[name]["relative_error"] = error
+    return found

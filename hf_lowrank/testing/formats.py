@@ -1,0 +1,86 @@
+"""What every format promises."""
+
+import json
+import os
+import tempfile
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..formats import FORMATS
+from ..methods import Factors
+from .matrices import make_weight
+
+
+def check_format(format, rows=24, columns=40, rank=8):
+    """Assert the laws of formats on `format`, a class.
+
+    `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
+    `cost` is what is stored; casts work; `weight` is read-only and has the layout of the replaced layer.
+    """
+    assert FORMATS[format.name] is format
+    for bias in (torch.linspace(-1, 1, rows, dtype=torch.float64), None):
+        for transposed in (False, True):
+            layer = format.from_factors(_factors(rows, columns, rank), bias, torch.float64, transposed=transposed)
+            _check_forward(layer, rows, columns, bias)
+            _check_round_trip(format, layer, bias is not None, transposed)
+            _check_weight(layer, transposed)
+    stored = sum(p.numel() for p in layer.parameters())
+    assert stored == format.cost(rows, columns, rank)
+    edge = format.break_even(rows, columns)
+    assert edge > min(rows, columns) or format.cost(rows, columns, edge) >= rows * columns
+    assert edge == 1 or format.cost(rows, columns, edge - 1) < rows * columns
+    low = format.from_factors(_factors(rows, columns, rank), None, torch.bfloat16)
+    assert low(torch.randn(2, columns, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def _factors(rows, columns, rank):
+    weight = make_weight(rows, columns)
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return Factors(u[:, :rank] * s[:rank], v[:rank], 0.1)
+
+
+def _check_forward(layer, rows, columns, bias):
+    x = torch.randn(3, 5, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = x @ layer.dense_weight().T + (0 if bias is None else bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    small = x[0, :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(layer, (small,))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+def _check_round_trip(format, layer, bias, transposed):
+    spec = json.loads(json.dumps(layer.spec()))
+    assert spec["format"] == format.name
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "layer.safetensors")
+        save_file(layer.state_dict(), path)
+        again = format.from_spec(
+            spec,
+            layer.in_features,
+            layer.out_features,
+            bias,
+            transposed=transposed,
+            device="meta",
+            dtype=torch.float64,
+        )
+        again.load_state_dict(load_file(path), assign=True, strict=True)
+    x = torch.randn(2, layer.in_features, dtype=torch.float64)
+    assert torch.equal(again(x), layer(x))
+    assert (layer.bias is None) == (not bias)
+
+
+def _check_weight(layer, transposed):
+    dense = layer.dense_weight()
+    expected = dense.T if transposed else dense
+    assert isinstance(layer.weight, torch.Tensor)
+    assert layer.weight.shape == expected.shape
+    assert layer.weight.dtype == expected.dtype
+    torch.testing.assert_close(layer.weight + 0, expected)
+    for write in (lambda: layer.weight.mul_(2), lambda: setattr(layer.weight, "data", expected)):
+        try:
+            write()
+        except RuntimeError:
+            continue
+        raise AssertionError("writing into `weight` of a factorized layer must raise, since it would be lost")

@@ -1,0 +1,77 @@
+"""What every method promises."""
+
+import torch
+
+from ..linalg import truncated_svd
+from ..statistics import STATISTICS
+from .matrices import make_gram, make_weight
+
+
+# float64 throughout; the slack covers the square root of rounding in squared errors.
+RTOL, ATOL = 1e-6, 1e-9
+SHAPES = ((24, 40), (40, 24), (32, 32))
+
+
+class OnlyDeclared(dict):
+    """Statistics that refuse to be asked for anything else."""
+
+    def __missing__(self, key):
+        raise AssertionError(f"the method reads {key!r}, which it does not declare in `statistics`")
+
+
+def make_statistics(method, rows, columns, **kwargs):
+    """Random statistics of the kinds `method` declares."""
+    makers = {"input_gram": lambda: make_gram(columns, **kwargs)}
+    unknown = set(method.statistics) - set(makers)
+    assert not unknown, f"hf_lowrank.testing cannot make {unknown}; extend make_statistics"
+    assert all(name in STATISTICS for name in method.statistics)
+    return OnlyDeclared({name: makers[name]() for name in method.statistics})
+
+
+def check_method(method):
+    """Assert the laws of methods on `method`, an instance.
+
+    Exact at full rank; the error falls with the rank and equals `error_curve`; no worse than plain SVD in its own
+    objective; same input, same bits; the weight is left alone; degenerate weights and singular statistics give finite
+    factors; float32 and bfloat16 weights are accepted; the documentation names a reference.
+    """
+    assert "Reference:" in type(method).__doc__, "say where the method comes from"
+    for rows, columns in SHAPES:
+        weight = make_weight(rows, columns)
+        stats = make_statistics(method, rows, columns)
+        before = weight.clone()
+        size = min(rows, columns)
+        full = method.factorize(weight, size, stats)
+        torch.testing.assert_close(full.left @ full.right, weight, rtol=RTOL, atol=1e-6)
+        curve = method.error_curve(weight, stats)
+        assert curve.shape == (size,)
+        total = method.error_curve(weight, stats)[0]
+        assert (curve.diff() <= ATOL * total).all(), "the error must not rise with the rank"
+        gram = stats["input_gram"] if "input_gram" in stats else torch.eye(columns, dtype=weight.dtype)
+        zero_error = _objective(weight, gram)
+        for rank in (1, size // 2, size - 1):
+            factors = method.factorize(weight, rank, stats)
+            assert factors.left.shape == (rows, rank)
+            assert factors.right.shape == (rank, columns)
+            achieved = _objective(weight - factors.left @ factors.right, gram)
+            torch.testing.assert_close(achieved, curve[rank - 1], rtol=1e-5, atol=1e-9 * float(zero_error))
+            assert abs(factors.relative_error - float((achieved / zero_error).sqrt())) < 1e-4
+            left, right, _ = truncated_svd(weight, rank)
+            assert achieved <= _objective(weight - left @ right, gram) * (1 + RTOL) + ATOL
+            again = method.factorize(weight, rank, stats)
+            assert torch.equal(again.left, factors.left)
+            assert torch.equal(again.right, factors.right)
+        assert torch.equal(weight, before), "the weight must not be written to"
+        singular = make_statistics(method, rows, columns, tokens=columns // 3)
+        for degenerate in ("low_rank", "zero", "duplicated_rows"):
+            for some in (stats, singular):
+                factors = method.factorize(make_weight(rows, columns, degeneracy=degenerate), size // 2, some)
+                assert torch.isfinite(factors.left).all()
+                assert torch.isfinite(factors.right).all()
+        for dtype in (torch.float32, torch.bfloat16):
+            factors = method.factorize(weight.to(dtype), size // 2, stats)
+            assert factors.left.dtype == torch.float64
+
+
+def _objective(difference, gram):
+    return ((difference @ gram) * difference).sum()

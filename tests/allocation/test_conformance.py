@@ -1,0 +1,27 @@
+import pytest
+
+from hf_lowrank import ALLOCATORS
+from hf_lowrank.allocation import round_down
+from hf_lowrank.testing import check_allocator
+
+
+@pytest.mark.parametrize("name", ALLOCATORS.names())
+def test_allocator(name):
+    check_allocator(ALLOCATORS[name]())
+
+
+@pytest.mark.parametrize(
+    ("rank", "multiple", "least", "expected"),
+    [
+        (115, 8, 1, 112),
+        (8, 8, 1, 8),
+        (7, 8, 1, 4),
+        (3, 8, 1, 2),
+        (1, 8, 1, 1),
+        (9, 1, 1, 9),
+        (5, 8, 8, 8),
+        (5, 3, 1, 3),
+    ],
+)
+def test_round_down(rank, multiple, least, expected):
+    assert round_down(rank, multiple, least) == expected

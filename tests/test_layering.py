@@ -1,0 +1,65 @@
+"""Imports point down only, and each heavy dependency has few homes."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hf_lowrank
+
+
+ROOT = Path(hf_lowrank.__file__).parent
+# A part may import parts of a smaller number, and itself.
+LEVEL = {
+    "errors": 0, "registry": 1, "linalg": 2, "formats": 3, "statistics": 3, "methods": 4, "allocation": 4,
+    "recipe": 5, "surgery": 5, "factorize": 6, "refine": 6, "passes": 6, "reporting": 7, "training": 8, "tuners": 8,
+    "integrations": 8, "testing": 9, "cli": 10, "__init__": 11,
+}  # fmt: skip
+HOMES = {
+    "transformers": {"integrations", "training", "tuners", "testing"},
+    "peft": {"tuners"},
+    "optimum": {"cli"},
+    "datasets": {"integrations"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def part(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """(absolute dotted name, line) of every import of `path`."""
+    package = ("hf_lowrank", *path.relative_to(ROOT).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            yield module, node.lineno
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    own = part(path)
+    for name, line in imported(path):
+        top, _, rest = name.partition(".")
+        if top == "hf_lowrank":
+            other = rest.partition(".")[0]
+            if other in LEVEL and other != own:
+                assert LEVEL[other] < LEVEL[own], f"{path.name}:{line} imports {other} from {own}"
+        elif top in HOMES:
+            assert own in HOMES[top], f"{path.name}:{line} imports {top} from {own}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_print_no_broad_except(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            assert None not in caught, "a bare except"
+            assert not {ast.unparse(kind) for kind in caught} & {"Exception", "BaseException"}
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+            assert part(path) == "cli"
