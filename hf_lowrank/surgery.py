@@ -208,7 +208,7 @@ def factorized(model):
         if isinstance(module, FormatLinear):
             found[name] = dense_kind(module)
         else:
-            for site_name in getattr(module, "lowrank_sites", ()):
+            for site_name in sorted(getattr(module, "lowrank_sites", ())):
                 found[f"{name}.{site_name}" if name else site_name] = module.lowrank_kind
     return found
 

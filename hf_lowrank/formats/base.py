@@ -20,6 +20,9 @@ class DenseView(torch.Tensor):
     formed only when an operation needs the values. Writing into it would be lost, so it raises.
     """
 
+    # transformers leaves tensors with this mark alone when it initialises what a checkpoint does not hold.
+    _is_hf_initialized = True
+
     @staticmethod
     def __new__(cls, layer):
         reference = next(layer.parameters())
@@ -119,6 +122,10 @@ class FormatLinear(nn.Module):
     @property
     def weight(self):
         """The dense weight in the layout of the replaced layer, read-only, formed only if its values are used."""
+        if torch.compiler.is_compiling():
+            # The compiler cannot look into a lazy tensor, and drops a product that nobody uses.
+            dense = self.dense_weight()
+            return dense.T if self.transposed else dense
         return DenseView(self)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from ..errors import CalibrationError, ConfigError
 from ..statistics import Statistics
@@ -118,6 +119,19 @@ def make_batches(calibration, model, tokenizer, seed):
         return _checked_batches(data), {"data": "batches"}
     sequences, digest = _tokenize(texts, tokenizer(), calibration, model)
     return _blocks(sequences, calibration), {**_sizes(calibration), "data": name, "sha256": digest}
+
+
+def load_tokenizer(path, **hub):
+    """The tokenizer in the repository or folder `path`."""
+    if not path:
+        raise CalibrationError("`calibration` is text and the model has no `name_or_path`; pass `tokenizer`.")
+    try:
+        return AutoTokenizer.from_pretrained(path, **hub)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"`calibration` is text and no tokenizer could be loaded from {path}; save one there, or give batches (a "
+            "list of dicts) instead of texts."
+        ) from error
 
 
 def _sizes(calibration):

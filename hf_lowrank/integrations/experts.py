@@ -29,8 +29,10 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights, project):
     tokens, top_k = top_k_index.shape
     experts, order = torch.sort(top_k_index.reshape(-1))
     token_index = order // top_k
-    counts = torch.bincount(experts, minlength=module.num_experts)
-    offsets = counts.cumsum(0).to(torch.int32)
+    # Not bincount: its output shape depends on the data, which torch.compile and CUDA graphs cannot have.
+    countable = experts.float() if experts.device.type in ("cpu", "mps") else experts.int()
+    counts = torch.histc(countable, bins=module.num_experts, min=0, max=module.num_experts - 1)
+    offsets = counts.cumsum(0, dtype=torch.int32)
     rows = project("gate_up_proj" if module.has_gate else "up_proj", hidden_states[token_index], offsets, experts)
     rows = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
     rows = project("down_proj", rows, offsets, experts)

@@ -8,12 +8,12 @@ import os
 import tempfile
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from ..factorize import make_plan
 from ..statistics import Statistics
-from .calibration import as_calibration, check_calibration, saved_statistics
+from .calibration import as_calibration, check_calibration, load_tokenizer, saved_statistics
 from .config import QUANT_METHOD, LowRankConfig
 from .quantizer import Session
 from .verbs import collect_for
@@ -86,8 +86,11 @@ def _model_config(cls, args, kwargs):
     config = kwargs.get("config")
     if isinstance(config, PreTrainedConfig):
         return config
-    hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    return cls.config_class.from_pretrained(config or _path(args, kwargs), **hub)
+    return cls.config_class.from_pretrained(config or _path(args, kwargs), **_hub_arguments(kwargs))
+
+
+def _hub_arguments(kwargs):
+    return {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
 
 
 def _path(args, kwargs):
@@ -112,11 +115,8 @@ def _calibrate(load, cls, config, args, kwargs, stack):
     check_calibration(calibration, skeleton)
     del skeleton
 
-    path = _path(args, kwargs)
-
     def tokenizer():
-        hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-        return AutoTokenizer.from_pretrained(path, **hub)
+        return load_tokenizer(_path(args, kwargs), **_hub_arguments(kwargs))
 
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_lowrank_"))
     dense_kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}

@@ -1,10 +1,13 @@
 """The quantizer: what transformers calls while it builds, fills, saves and restores a factorized model."""
 
 import copy
+import os
 import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
@@ -54,6 +57,8 @@ class LowRankQuantizer(HfQuantizer):
         self.placeholders = {}
         self.plan = None
         self.progress = None
+        # Bytes of every parameter that will be filled; known once the skeleton stands.
+        self._sizes = {}
 
     @property
     def format(self):
@@ -66,19 +71,34 @@ class LowRankQuantizer(HfQuantizer):
         return config
 
     def validate_environment(self, *args, device_map=None, **kwargs):
+        # Called with the user's device map before the model is built, and with the automatic one afterwards.
+        self._check_offload(device_map)
+
+    def _check_offload(self, device_map):
         if self.pre_quantized or not isinstance(device_map, dict) or "disk" not in device_map.values():
             return
-        if self.session.offload_folder is None:
+        folder = self.session.offload_folder
+        if folder is None:
             raise ResourceError(
                 "The device map sends weights to disk, and factors made on the fly have no file there yet; give "
                 "`offload_folder`, more memory in `max_memory`, or factorize once and reload the saved factors."
             )
+        devices = expand_device_map(device_map, self._sizes)
+        needed = sum(size for name, size in self._sizes.items() if devices[name] == "disk")
+        existing = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise ResourceError(
+                f"`offload_folder`={os.fspath(folder)!r} has {free / 2**20:.0f} MiB free and {needed / 2**20:.0f} MiB "
+                "are needed; free some space or offload elsewhere."
+            )
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         if self.pre_quantized:
             self._build_from_modules(model)
         else:
             self._build_placeholders(model, checkpoint_files)
+            self._check_offload(device_map)
         rewrite_parallel_plan(model)
 
     def _build_from_modules(self, model):
@@ -118,6 +138,9 @@ class LowRankQuantizer(HfQuantizer):
             site.kind.skeleton(model, site, config.modules[site.name], dtype)
             for name, role in site.kind.placeholders(model, site, dtype).items():
                 self.placeholders[name] = (site, role)
+        self._sizes = {
+            name: p.numel() * p.element_size() for name, p in model.named_parameters() if name not in self.placeholders
+        }
         self.progress = Progress(len(self.plan.sites))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
@@ -145,15 +168,6 @@ class LowRankQuantizer(HfQuantizer):
         if self.progress is not None:
             self.progress.close(_summary_line(self.plan, model))
             self.progress = None
-
-    def check_offload_space(self, needed):
-        """Refuse an offload that the disk cannot hold."""
-        free = shutil.disk_usage(self.session.offload_folder).free
-        if needed > free:
-            raise ResourceError(
-                f"`offload_folder`={self.session.offload_folder!r} has {free / 1e9:.1f} GB free, "
-                f"{needed / 1e9:.1f} GB are needed; free some space or offload elsewhere."
-            )
 
     def get_state_dict_and_metadata(self, model):
         # Ranks may have changed since loading; what is written must describe what is saved. This runs before the

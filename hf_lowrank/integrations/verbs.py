@@ -1,11 +1,10 @@
 """The verbs for models in memory: factorize, collect_statistics, to_dense."""
 
 import copy
-import logging
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CalibrationError, ConfigError, LowRankError
 from ..factorize import factorize_site, make_plan
@@ -15,11 +14,8 @@ from ..methods import METHODS
 from ..recipe import Recipe
 from ..statistics.collect import collect
 from ..surgery import factorized, match_sites, specs
-from .calibration import as_calibration, check_calibration, make_batches, saved_statistics
+from .calibration import as_calibration, check_calibration, load_tokenizer, make_batches, saved_statistics
 from .progress import Progress, bar
-
-
-logger = logging.getLogger(__name__)
 
 
 def factorize(model, config=None, calibration=None, tokenizer=None):
@@ -156,18 +152,4 @@ def _refuse_offloaded(model):
 
 
 def _tokenizer_for(model, tokenizer):
-    def load():
-        if tokenizer is not None:
-            return tokenizer
-        path = getattr(model, "name_or_path", "")
-        if not path:
-            raise CalibrationError("`calibration` is text and the model has no `name_or_path`; pass `tokenizer`.")
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise CalibrationError(
-                f"`calibration` is text and no tokenizer could be loaded from {path}; pass `tokenizer`, or give "
-                "batches instead of texts."
-            ) from error
-
-    return load
+    return lambda: tokenizer if tokenizer is not None else load_tokenizer(getattr(model, "name_or_path", ""))

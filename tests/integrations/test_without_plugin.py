@@ -1,0 +1,116 @@
+"""Nobody ever gets random weights: with the package installed it loads itself, without it loading stops."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+import torch
+
+from hf_lowrank import LowRankConfig
+from hf_lowrank.integrations.guard import GUARD
+from hf_lowrank.testing import tiny_model
+
+
+LOAD = """
+import sys
+import torch
+from transformers import {auto}
+assert "hf_lowrank" not in sys.modules
+model, info = {auto}.from_pretrained({folder!r}, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+print(type(model.get_submodule({name!r})).__name__)
+print(repr(model(input_ids=torch.arange(3, 10)[None])[0].double().sum().item()))
+"""
+NO_SITE = """
+import sys, types
+sys.path.insert(0, {site!r})
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("hf_lowrank", "_hf_lowrank_autoload"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code, *options, **environment):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def run_without_plugin(code):
+    """In an interpreter that reads no .pth file and finds neither the package nor its start-up hook."""
+    return run(NO_SITE.format(site=sysconfig.get_paths()["purelib"]) + code, "-S")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("guarded")
+    model, inputs = tiny_model("llama")
+    model.save_pretrained(folder / "dense")
+    model = type(model).from_pretrained(folder / "dense", lowrank_config=LowRankConfig(method="svd", param_ratio=0.5))
+    model.save_pretrained(folder / "small")
+    with torch.no_grad():
+        total = model(input_ids=torch.arange(3, 10)[None])[0].double().sum().item()
+    return folder, total
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "LlamaForCausalLM"])
+def test_a_process_that_never_imports_the_package(checkpoint, auto):
+    folder, total = checkpoint
+    name = "model.layers.0.self_attn.q_proj"
+    done = run(LOAD.format(auto=auto, folder=str(folder / "small"), name=name))
+    assert done.returncode == 0, done.stderr
+    kind, value = done.stdout.split()
+    assert kind == "LowRankLinear"
+    assert abs(float(value) - total) < 1e-3
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
+def test_opting_out_stops_with_an_instruction(checkpoint, auto):
+    folder, _ = checkpoint
+    code = LOAD.format(auto=auto, folder=str(folder / "small"), name="")
+    done = run(code, HF_LOWRANK_AUTOLOAD="0")
+    assert done.returncode == 1
+    assert "pip install hf-lowrank" in done.stderr
+
+
+@pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
+def test_without_the_package_loading_stops_with_an_instruction(checkpoint, auto):
+    folder, _ = checkpoint
+    done = run_without_plugin(LOAD.format(auto=auto, folder=str(folder / "small"), name=""))
+    assert done.returncode == 1
+    assert "ValueError" in done.stderr
+    assert "this checkpoint is factorized, run `pip install hf-lowrank`" in done.stderr
+
+
+def test_a_dense_checkpoint_is_none_of_our_business(checkpoint):
+    folder, _ = checkpoint
+    name = "model.layers.0.self_attn.q_proj"
+    code = LOAD.format(auto="AutoModelForCausalLM", folder=str(folder / "dense"), name=name)
+    done = run(code + "\nassert 'hf_lowrank' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "Linear"
+
+
+def test_the_hook_costs_next_to_nothing_and_never_raises():
+    code = """
+import sys
+import _hf_lowrank_autoload as hook
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+assert sum(type(f).__name__ == "Finder" for f in sys.meta_path) == 1
+hook.install()
+assert sum(type(f).__name__ == "Finder" for f in sys.meta_path) == 1
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_guard_is_in_the_file_and_not_in_the_model(checkpoint):
+    folder, _ = checkpoint
+    assert json.loads((folder / "small" / "config.json").read_text())["transformers_weights"] == GUARD
+    assert "transformers_weights" not in json.loads((folder / "dense" / "config.json").read_text())

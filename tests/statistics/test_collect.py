@@ -1,0 +1,232 @@
+"""One pass, counted once, padding never."""
+
+import pytest
+import torch
+
+from hf_lowrank import CalibrationError, Statistics, StatisticsError, collect_statistics
+from hf_lowrank.statistics.collect import collect
+from hf_lowrank.statistics.input_gram import InputGram
+from hf_lowrank.surgery import match_sites
+from hf_lowrank.testing import ARCHITECTURES, tiny_model
+
+
+def recorded_inputs(model, batches):
+    """Independent of the library: every linear's inputs, concatenated, by plain hooks."""
+    found, handles = {}, []
+    for site in match_sites(model):
+        module = model.get_submodule(site.name)
+
+        def keep(_, args, name=site.name):
+            found.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]).double())
+
+        handles.append(module.register_forward_pre_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def traces(model):
+    """Whatever a careless pass could leave behind."""
+    return [
+        (type(m), list(m._forward_hooks), list(m._forward_pre_hooks), vars(m).get("forward")) for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "whisper", "vit", "llava", "phi3"])
+def test_gram_of_every_linear(name):
+    model, inputs = tiny_model(name)
+    statistics = collect_statistics(model, [inputs(), inputs()])
+    for site, rows in recorded_inputs(model, [inputs(), inputs()]).items():
+        gram = statistics.get(site, ["input_gram"])["input_gram"]
+        assert gram.dtype == torch.float64
+        torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-4, atol=1e-5)
+        assert torch.equal(gram, gram.T)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_see_their_routed_tokens(name):
+    model, inputs = tiny_model(name)
+    batch = inputs()
+    statistics = collect_statistics(model, [batch])
+    sites = [site for site in match_sites(model) if site.copies > 1]
+    assert len(sites) >= 2
+    seen = {}
+    for site in sites:
+        module = model.get_submodule(site.owner)
+        if module in seen:
+            continue
+        seen[module] = site
+
+        def keep(_, args, name=site.owner):
+            hidden, index, _ = args
+            rows = hidden[:, None].expand(-1, index.shape[1], -1).reshape(-1, hidden.shape[-1]).double()
+            gram = statistics.get(f"{name}.gate_up_proj", ["input_gram"])["input_gram"]
+            torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-5, atol=1e-6)
+
+        module.register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(**batch)
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_nothing_is_left_on_the_model(name):
+    model, inputs = tiny_model(name)
+    with torch.no_grad():
+        before = model(**inputs()).logits
+    state = traces(model)
+    model.train()
+    collect_statistics(model, [inputs()])
+    assert model.training
+    model.eval()
+    assert traces(model) == state
+    with torch.no_grad():
+        assert torch.equal(model(**inputs()).logits, before)
+
+
+def test_hooks_are_gone_after_a_failure():
+    model, inputs = tiny_model("mixtral")
+    state = traces(model)
+    with pytest.raises(CalibrationError, match="not a dict"):
+        collect_statistics(model, [inputs(), "text"])
+    assert traces(model) == state
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral", "qwen3_moe"])
+def test_padding_is_never_counted(name, side):
+    model, inputs = tiny_model(name)
+    ids = inputs()["input_ids"]
+    padded, mask = torch.full((2, 12), 5), torch.zeros(2, 12, dtype=torch.long)
+    positions = slice(5, 12) if side == "left" else slice(0, 7)
+    padded[:, positions], mask[:, positions] = ids, 1
+    plain = collect_statistics(model, [{"input_ids": ids}])
+    batch = {"input_ids": padded, "attention_mask": mask}
+    if side == "left":
+        # Rotary positions are relative, learned ones are not.
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    masked = collect_statistics(model, [batch])
+    assert masked.provenance["tokens"] == plain.provenance["tokens"] == 14
+    for site in match_sites(model):
+        expected = plain.get(site.name, ["input_gram"])["input_gram"]
+        torch.testing.assert_close(masked.get(site.name, ["input_gram"])["input_gram"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_both_sides_of_an_encoder_decoder():
+    # The same length on both sides, where shapes alone cannot tell the masks apart.
+    model, _ = tiny_model("t5")
+    ids = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(3))
+    plain = collect_statistics(model, [{"input_ids": ids[:, :4], "decoder_input_ids": ids[:, :3]}])
+    encoder_mask, decoder_mask = torch.zeros(2, 6).long(), torch.zeros(2, 6).long()
+    encoder_mask[:, :4] = decoder_mask[:, :3] = 1
+    masked = collect_statistics(
+        model,
+        [
+            {
+                "input_ids": ids,
+                "attention_mask": encoder_mask,
+                "decoder_input_ids": ids,
+                "decoder_attention_mask": decoder_mask,
+            }
+        ],
+    )
+    for site in match_sites(model):
+        torch.testing.assert_close(
+            masked.get(site.name, ["input_gram"])["input_gram"],
+            plain.get(site.name, ["input_gram"])["input_gram"],
+            rtol=1e-4,
+            atol=1e-5,
+        )
+
+
+def test_linears_with_one_input_share_one_gram():
+    model, inputs = tiny_model("llama")
+    leaders = collect_statistics(model, [inputs()]).leaders
+    layer = "model.layers.0"
+    assert len({leaders[f"{layer}.self_attn.{x}_proj"] for x in "qkv"}) == 1
+    assert leaders[f"{layer}.mlp.gate_proj"] == leaders[f"{layer}.mlp.up_proj"]
+    assert len(set(leaders.values())) == 2 * 4
+    model, inputs = tiny_model("t5")
+    leaders = collect_statistics(model, [inputs()]).leaders
+    cross = {leaders[f"decoder.block.{i}.layer.1.EncDecAttention.{x}"] for i in range(2) for x in "kv"}
+    assert len(cross) == 1, "all layers read the same encoder output"
+
+
+def test_a_path_that_changes_is_noticed():
+    class Fickle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x, same):
+            self.a(x)
+            return self.b(x if same else x + 1)
+
+    model = Fickle()
+    sites = match_sites(model)
+    x = torch.randn(3, 4)
+    with pytest.raises(StatisticsError, match="b read the same input as a in the first batch, but not in a later one"):
+        collect(model, sites, ["input_gram"], [{"x": x, "same": True}, {"x": x, "same": False}])
+
+
+def test_layers_without_input_are_named():
+    model, _ = tiny_model("llava")
+    batch = {"input_ids": torch.arange(3, 10)[None]}
+    with pytest.raises(CalibrationError, match="saw no input during calibration, such as model.multi_modal_projector"):
+        collect_statistics(model, [batch])
+
+
+def test_no_batches():
+    model, _ = tiny_model("llama")
+    with pytest.raises(CalibrationError, match="gave no batch"):
+        collect_statistics(model, iter(()))
+
+
+def test_blocks_and_strips_do_not_change_the_sum():
+    rows = torch.randn(5000, 300)
+    whole = InputGram(300, rows.device)
+    whole.update(rows)
+    parts = InputGram(300, rows.device)
+    for part in rows.split(700):
+        parts.update(part)
+    exact = rows.double().T @ rows.double()
+    for statistic in (whole, parts):
+        torch.testing.assert_close(statistic.result(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_save_and_load(tmp_path):
+    model, inputs = tiny_model("llama")
+    statistics = collect_statistics(model, [inputs()])
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    assert loaded.leaders == statistics.leaders
+    assert loaded.provenance == statistics.provenance
+    for site in match_sites(model):
+        a, b = (s.get(site.name, ["input_gram"])["input_gram"] for s in (statistics, loaded))
+        assert torch.equal(a, b)
+    loaded.save(tmp_path / "t.safetensors")
+    assert (tmp_path / "t.safetensors").stat().st_size == (tmp_path / "s.safetensors").stat().st_size
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.safetensors", "t.safetensors"]
+
+
+def test_not_a_statistics_file(tmp_path):
+    model, _ = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StatisticsError, match="is not a statistics file of version 1"):
+        Statistics.load(tmp_path / "model.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    with pytest.raises(StatisticsError, match="Cannot read statistics"):
+        Statistics.load(tmp_path / "empty.safetensors")
+    with pytest.raises(StatisticsError, match="Cannot read statistics"):
+        Statistics.load(tmp_path / "absent.safetensors")
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    model, inputs = tiny_model("llama")
+    statistics = collect_statistics(model, [inputs()])
+    (tmp_path / "s.safetensors").mkdir()
+    with pytest.raises(OSError, match="s.safetensors"):
+        statistics.save(tmp_path / "s.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
