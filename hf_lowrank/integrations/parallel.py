@@ -2,6 +2,10 @@
 
 import functools
 
+import torch.distributed as dist
+from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.distributed.utils import is_dtensor
+
 from ..errors import ConfigError
 from ..surgery import factorized
 
@@ -29,6 +33,23 @@ def _rowwise(name):
 
 
 STYLES = {"colwise": _colwise, "rowwise": _rowwise}
+
+
+def local_part(model, name, tensor):
+    """This process's part of a parameter that is split over processes; other parameters as they are.
+
+    Every process has factorized the whole weight. Solvers may differ in the last bits between machines, and parts of
+    different factors do not fit together, so that rank 0's factors count.
+    """
+    reference = model.get_parameter(name)
+    device_mesh = getattr(model, "_device_mesh", None)
+    if device_mesh is None or not dist.is_initialized():
+        return tensor
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, src=0)
+    if not is_dtensor(reference):
+        return tensor
+    return DtensorShardOperation(reference).shard_tensor(tensor, device=tensor.device, dtype=tensor.dtype)
 
 
 def rewrite_parallel_plan(model):

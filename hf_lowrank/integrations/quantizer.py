@@ -99,6 +99,7 @@ class LowRankQuantizer(HfQuantizer):
         else:
             self._build_placeholders(model, checkpoint_files)
             self._check_offload(device_map)
+            self.progress = Progress(len(self.plan.sites))
         rewrite_parallel_plan(model)
 
     def _build_from_modules(self, model):
@@ -141,7 +142,6 @@ class LowRankQuantizer(HfQuantizer):
         self._sizes = {
             name: p.numel() * p.element_size() for name, p in model.named_parameters() if name not in self.placeholders
         }
-        self.progress = Progress(len(self.plan.sites))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return param_name in self.placeholders

@@ -4,10 +4,6 @@ import torch
 from transformers import GenerationConfig
 
 
-# An id that no vocabulary has: a document that ends is followed by the next one, as in pre-training.
-NO_EOS = -1
-
-
 def sample_from(model, calibration, seed):
     """Token ids `(samples, length)` drawn from a causal language model at `calibration.temperature`.
 
@@ -28,7 +24,8 @@ def sample_from(model, calibration, seed):
         top_k=0,
         top_p=1.0,
         repetition_penalty=1.0,
-        eos_token_id=NO_EOS,
+        # An id the vocabulary does not have: a document that ends is followed by the next one, as in pre-training.
+        eos_token_id=config.vocab_size,
         pad_token_id=0,
     )
     devices = [device] if device.type == "cuda" else []

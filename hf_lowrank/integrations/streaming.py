@@ -1,10 +1,24 @@
 """Factorize tensor by tensor while a checkpoint streams in, on the device each tensor is mapped to."""
 
+import ctypes
+
 import torch
 from transformers.core_model_loading import ConversionOps
 
 from ..errors import LowRankError
 from ..factorize import factorize_site
+from .parallel import local_part
+
+
+def release_freed_memory():
+    """Give the heap's free pages back to the system, where the C library can.
+
+    glibc keeps what was freed; small factors between large temporaries then fragment the heap, and it grows to a
+    multiple of the model. One call a matrix costs about a millisecond.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Factorize(ConversionOps):
@@ -35,9 +49,10 @@ class Factorize(ConversionOps):
             if missing_keys is not None:
                 missing_keys.discard(name)
             if role == "bias":
-                converted[site.kind.bias_name(site, self.quantizer.format)] = tensor
+                made = {site.kind.bias_name(site, self.quantizer.format): tensor}
             else:
-                converted.update(self._factors(model, site, tensor))
+                made = self._factors(model, site, tensor)
+            converted.update({key: local_part(model, key, value) for key, value in made.items()})
         return converted
 
     def _factors(self, model, site, tensor):
@@ -50,10 +65,12 @@ class Factorize(ConversionOps):
             tensors, error = factorize_site(site, weight, rank, config, quantizer.session.statistics, tensor.dtype)
         except LowRankError as failure:
             quantizer.session.failure = failure
+            quantizer.progress.close()
             raise
         site.kind.set_error(model, site.name, error)
         config.modules[site.name]["relative_error"] = error
         quantizer.progress.done()
+        release_freed_memory()
         return tensors
 
     @property

@@ -3,6 +3,7 @@
 import torch
 
 from ..errors import NonFiniteError
+from .blocks import columns_gram, rows_gram, times, transposed_times
 
 
 def require_finite(tensor, what):
@@ -25,10 +26,10 @@ def fix_signs(columns):
     return columns * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
-def descending_eigh(symmetric):
-    """Eigenvalues, largest first and clamped at zero, with their eigenvectors as columns of fixed sign."""
+def leading_eigh(symmetric, rank):
+    """All eigenvalues, largest first and clamped at zero, and the `rank` leading eigenvectors as columns."""
     values, vectors = torch.linalg.eigh(symmetric)
-    return values.flip(0).clamp(min=0), fix_signs(vectors.flip(1))
+    return values.flip(0).clamp(min=0), fix_signs(vectors[:, -rank:].flip(1))
 
 
 def truncated_svd(matrix, rank):
@@ -36,17 +37,17 @@ def truncated_svd(matrix, rank):
 
         matrix ~ left @ right,    |matrix - left @ right|_F^2 = sum_{i > rank} s_i^2
 
-    Computed from `eigh` of the Gram matrix of the smaller side, in the dtype of `matrix`: the orthonormal factor is
-    exact to rounding, only singular values below sqrt(eps) of the largest lose relative accuracy, and those carry no
-    weight in a truncation.
+    Computed in float64 from `eigh` of the Gram matrix of the smaller side: the orthonormal factor is exact to
+    rounding, only singular values below sqrt(eps) of the largest lose relative accuracy, and those carry no weight in
+    a truncation.
 
     Args:
-        matrix (`torch.Tensor`): `(out, in)`, float64 unless the caller knows better.
+        matrix (`torch.Tensor`): `(out, in)`, any floating dtype.
         rank (`int`): in `1 .. min(out, in)`.
 
     Returns:
         `(left, right, energies)`: `(out, rank)`, `(rank, in)`, and all `min(out, in)` squared singular values,
-        largest first.
+        largest first; float64.
 
     Raises:
         NonFiniteError: `matrix` holds NaN or infinity.
@@ -54,9 +55,7 @@ def truncated_svd(matrix, rank):
     require_finite(matrix, "The weight")
     rows, columns = matrix.shape
     if rows <= columns:
-        energies, basis = descending_eigh(matrix @ matrix.T)
-        left = basis[:, :rank]
-        return left, left.T @ matrix, energies
-    energies, basis = descending_eigh(matrix.T @ matrix)
-    right = basis[:, :rank].T
-    return matrix @ right.T, right, energies
+        energies, left = leading_eigh(rows_gram(matrix), rank)
+        return left, transposed_times(left, matrix), energies
+    energies, basis = leading_eigh(columns_gram(matrix), rank)
+    return times(matrix, basis), basis.T, energies

@@ -2,8 +2,9 @@
 
 import torch
 
+from .blocks import columns_gram, rows_gram, times, transposed_times
 from .psd import psd_sqrt
-from .svd import descending_eigh, require_finite, truncated_svd
+from .svd import fix_signs, leading_eigh, require_finite, truncated_svd
 
 
 def output_optimal(weight, gram, rank):
@@ -12,12 +13,13 @@ def output_optimal(weight, gram, rank):
         min_{rank r} tr((W - W') C (W - W')^T),    U = eig_r(W C W^T),    W' = U U^T W,
         minimum = sum_{i > r} eig_i(W C W^T).
 
-    The eigenproblem is solved on the smaller side: `W C W^T` where out <= in; else, with `C = S S^T` and `G = W S`,
-    `V = eig_r(G^T G)` and `U = qr(G V).Q`. Directions that the inputs never excite do not change the objective; they
-    are chosen by plain SVD of what is left, so that full rank gives back `W` itself whatever the rank of `C`.
+    The eigenproblem is solved on the smaller side: `W C W^T` where out <= in; else, with `C = S S^T`,
+    `V = eig_r(S^T W^T W S)` and `U = qr(W S V).Q`. Directions that the inputs never excite do not change the
+    objective; they are chosen by plain SVD of what is left, so that full rank gives back `W` itself whatever the rank
+    of `C`.
 
     Args:
-        weight (`torch.Tensor`): `(out, in)`, float64.
+        weight (`torch.Tensor`): `(out, in)`, any floating dtype; computed in float64, some rows at a time.
         gram (`torch.Tensor`): `C`, `(in, in)`, symmetric positive semi-definite, float64.
         rank (`int`): in `1 .. min(out, in)`.
 
@@ -36,17 +38,24 @@ def output_optimal(weight, gram, rank):
     require_finite(gram, "The Gram matrix of the inputs")
     rows, columns = weight.shape
     if rows <= columns:
-        energies, basis = descending_eigh(weight @ gram @ weight.T)
+        energies, basis = leading_eigh(rows_gram(weight, gram), rank)
     else:
-        image = weight @ psd_sqrt(gram)
-        energies, basis = descending_eigh(image.T @ image)
+        root = psd_sqrt(gram)
+        energies, basis = leading_eigh(root.T @ columns_gram(weight) @ root, rank)
     tolerance = energies[0] * max(rows, columns) * torch.finfo(energies.dtype).eps
     excited = min(rank, int((energies > tolerance).sum()))
     left = basis[:, :excited]
     if rows > columns:
-        left = torch.linalg.qr(image @ left).Q
+        left = torch.linalg.qr(times(weight, root @ left)).Q
     if excited < rank:
-        rest = weight - left @ (left.T @ weight)
-        completion = torch.linalg.qr(torch.cat([left, truncated_svd(rest, rank - excited)[0]], dim=1)).Q
-        left = torch.cat([left, completion[:, excited:]], dim=1)
-    return left, left.T @ weight, energies
+        left = _complete(left, weight, rank)
+    return left, transposed_times(left, weight), energies
+
+
+def _complete(left, weight, rank):
+    """Orthonormal columns up to `rank`, the further ones leading singular vectors of what `left` leaves over."""
+    found = left.shape[1]
+    rest = weight.double() - left @ transposed_times(left, weight)
+    further = truncated_svd(rest, rank - found)[0]
+    # Signs of a QR factor depend on the solver; the first columns stay as they are.
+    return torch.cat([left, fix_signs(torch.linalg.qr(torch.cat([left, further], dim=1)).Q[:, found:])], dim=1)

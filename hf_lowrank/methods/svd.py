@@ -25,8 +25,8 @@ class SVD(Method):
     """
 
     def factorize(self, weight, rank, stats):
-        return Factors.from_energies(*truncated_svd(weight.double(), rank))
+        return Factors.from_energies(*truncated_svd(weight, rank))
 
     def error_curve(self, weight, stats):
-        energies = truncated_svd(weight.double(), 1)[2]
+        energies = truncated_svd(weight, 1)[2]
         return energies.sum() - energies.cumsum(0)

@@ -51,17 +51,16 @@ class WhitenedSVD(Method):
             raise ConfigError(f"`shrinkage`={self.shrinkage!r} of whitened_svd must be in [0, 1).")
 
     def factorize(self, weight, rank, stats):
-        weight = weight.double()
-        gram = shrink(stats["input_gram"].to(weight), self.shrinkage)
+        gram = shrink(stats["input_gram"].double(), self.shrinkage)
         if self.form == "auto":
             return Factors.from_energies(*output_optimal(weight, gram, rank))
         require_finite(weight, "The weight")
         lower = psd_safe_cholesky(gram)
-        basis, singular, rows = torch.linalg.svd(weight @ lower, full_matrices=False)
+        basis, singular, rows = torch.linalg.svd(weight.double() @ lower, full_matrices=False)
         right = torch.linalg.solve_triangular(lower, rows[:rank], upper=False, left=False)
         return Factors.from_energies(basis[:, :rank] * singular[:rank], right, singular**2)
 
     def error_curve(self, weight, stats):
-        weight = weight.double()
-        energies = output_optimal(weight, shrink(stats["input_gram"].to(weight), self.shrinkage), 1)[2]
+        gram = shrink(stats["input_gram"].double(), self.shrinkage)
+        energies = output_optimal(weight, gram, 1)[2]
         return energies.sum() - energies.cumsum(0)
