@@ -9,6 +9,7 @@ quickstart: .venv/ready
 	$(PY) examples/quickstart.py $(ARGS)
 
 test: .venv/ready
+	$(PY) examples/benchmarks/setups.py
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
 check: .venv/ready

@@ -6,8 +6,6 @@ of quantization configs is replaced by one that imports the plugin when asked fo
 HF_LOWRANK_AUTOLOAD=0 turns it off.
 """
 
-import importlib
-import importlib.util
 import os
 import sys
 
@@ -22,7 +20,7 @@ class LazyTable(dict):
 
     def __contains__(self, key):
         if key == KEY and not super().__contains__(key) and "hf_lowrank" not in sys.modules:
-            importlib.import_module("hf_lowrank")
+            __import__("hf_lowrank")
         return super().__contains__(key)
 
 
@@ -33,7 +31,10 @@ class Finder:
         if name != TARGET:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # Imported only now: it would be the slowest part of starting an interpreter.
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

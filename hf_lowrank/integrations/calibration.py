@@ -1,6 +1,7 @@
 """Turn whatever the user calls calibration data into batches."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from .self_samples import sample_from
 
 
 SELF = "self"
+EMPTY = "`calibration` holds no text; give at least a few sentences."
 
 
 @dataclass
@@ -92,6 +94,12 @@ def check_calibration(calibration, model):
         )
     if isinstance(data, str) and data != SELF and data.endswith((".jsonl", ".txt")) and not os.path.exists(data):
         raise CalibrationError(f"`calibration`={data!r} does not exist.")
+    is_text = isinstance(data, (str, os.PathLike)) or _are_texts(data)
+    if is_text and data != SELF and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise CalibrationError(
+            f"`calibration` is text, and {type(model).__name__} needs inputs for its decoder too; give batches (a "
+            "list of dicts) with `labels` or `decoder_input_ids`."
+        )
     if isinstance(data, (list, tuple)) and not data:
         raise CalibrationError("`calibration` is an empty list; give at least one text or one batch.")
     if not isinstance(data, (str, os.PathLike)) and not isinstance(data, Iterable):
@@ -113,12 +121,12 @@ def make_batches(calibration, model, tokenizer, seed):
         return _blocks(sequences, calibration), {**_sizes(calibration), "data": SELF, "seed": seed}
     if isinstance(data, (str, os.PathLike)):
         texts, name = _read_texts(os.fspath(data), calibration), Path(data).name
-    elif isinstance(data, (list, tuple)) and all(isinstance(item, str) for item in data):
+    elif _are_texts(data):
         texts, name = data, f"{len(data)} texts"
     else:
         return _checked_batches(data), {"data": "batches"}
-    sequences, digest = _tokenize(texts, tokenizer(), calibration, model)
-    return _blocks(sequences, calibration), {**_sizes(calibration), "data": name, "sha256": digest}
+    batches, digest = _text_batches(texts, tokenizer(), calibration, model)
+    return batches, {**_sizes(calibration), "data": name, "sha256": digest}
 
 
 def load_tokenizer(path, **hub):
@@ -132,6 +140,10 @@ def load_tokenizer(path, **hub):
             f"`calibration` is text and no tokenizer could be loaded from {path}; save one there, or give batches (a "
             "list of dicts) instead of texts."
         ) from error
+
+
+def _are_texts(data):
+    return isinstance(data, (list, tuple)) and bool(data) and all(isinstance(item, str) for item in data)
 
 
 def _sizes(calibration):
@@ -149,8 +161,7 @@ def _read_texts(path, calibration):
     if path.endswith(".txt"):
         return [Path(path).read_text(encoding="utf-8")]
     if path.endswith(".jsonl"):
-        with open(path, encoding="utf-8") as lines:
-            return _column((json.loads(line) for line in lines if line.strip()), calibration, path)
+        return _column(_json_lines(path), calibration, path)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -160,6 +171,13 @@ def _read_texts(path, calibration):
         ) from error
     name, _, subset = path.partition(":")
     return _column(load_dataset(name, subset or None, split=calibration.split, streaming=True), calibration, path)
+
+
+def _json_lines(path):
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield json.loads(line)
 
 
 def _column(rows, calibration, path):
@@ -172,21 +190,43 @@ def _column(rows, calibration, path):
         yield row[calibration.text_column]
 
 
-def _tokenize(texts, tokenizer, calibration, model):
-    """Contiguous blocks without padding, from texts joined by blank lines, as many as asked for."""
-    wanted = calibration.samples * calibration.length
-    digest, ids = hashlib.sha256(), []
+def _text_batches(texts, tokenizer, calibration, model):
+    """`(batches, sha256 of the texts used)`.
+
+    A causal language model reads contiguous blocks without padding, made of the texts joined by blank lines, as in
+    pre-training. Other models read one text a sample, with their special tokens, padded to the longest of a batch.
+    """
+    length = min(calibration.length, _max_length(model) or calibration.length)
+    digest = hashlib.sha256()
+    if not _is_causal(model):
+        chosen = list(itertools.islice(texts, calibration.samples))
+        if not chosen:
+            raise CalibrationError(EMPTY)
+        digest.update("".join(chosen).encode())
+        size = calibration.batch_size
+        batches = [
+            dict(
+                tokenizer(chosen[i : i + size], padding=True, truncation=True, max_length=length, return_tensors="pt")
+            )
+            for i in range(0, len(chosen), size)
+        ]
+        return batches, digest.hexdigest()
+    wanted, ids = calibration.samples * length, []
     for text in texts:
         digest.update(text.encode())
         ids.extend(tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"])
         if len(ids) >= wanted:
             break
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(calibration.length, limit or calibration.length, max(len(ids), 1))
+    if not ids:
+        raise CalibrationError(EMPTY)
+    length = min(length, len(ids))
     count = min(len(ids) // length, calibration.samples)
-    if count == 0:
-        raise CalibrationError("`calibration` holds no text; give at least a few sentences.")
-    return torch.tensor(ids[: count * length]).view(count, length), digest.hexdigest()
+    blocks = torch.tensor(ids[: count * length]).view(count, length)
+    return _blocks(blocks, calibration), digest.hexdigest()
+
+
+def _max_length(model):
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _blocks(sequences, calibration):

@@ -1,12 +1,13 @@
 """Keep stacks without this package from loading factorized weights into a randomly initialised dense model.
 
-transformers skips a quantization method it does not know and initialises whatever the checkpoint does not hold. What
-it does honour, and checks first, is the config key `transformers_weights`, the name of the weight file. A factorized
-config.json carries a sentence there instead: without the plugin, loading stops with a ValueError that quotes it;
-with the plugin, the quantizer takes it out before the file name is looked at.
+transformers skips a quantization method it does not know and initialises whatever the checkpoint does not hold. A
+factorized config.json therefore carries a sentence in two places where loading looks first, and stops quoting it:
+`transformers_weights`, the name of the weight file (since 4.53; with the plugin, the quantizer takes it out before the
+file is looked for), and `torch_dtype`, an attribute of torch (before 4.56; later versions read `dtype`).
 """
 
 import functools
+import json
 
 from transformers import PreTrainedConfig
 
@@ -29,17 +30,18 @@ def install_guard(quant_method):
     if hasattr(original, "lowrank_guard"):
         return
 
-    # transformers drops the key before saving, on purpose, so that it has to be added at the file itself.
+    # transformers drops `transformers_weights` from a config it saves, so that it has to be added at the file itself.
     @functools.wraps(original)
-    def to_json_file(self, *args, **kwargs):
-        quantization_config = getattr(self, "quantization_config", None)
-        if getattr(quantization_config, "quant_method", None) != quant_method:
-            return original(self, *args, **kwargs)
-        self.transformers_weights = GUARD
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            del self.transformers_weights
+    def to_json_file(self, json_file_path, use_diff=True):
+        if getattr(getattr(self, "quantization_config", None), "quant_method", None) != quant_method:
+            return original(self, json_file_path, use_diff=use_diff)
+        content = json.loads(self.to_json_string(use_diff=use_diff))
+        content["transformers_weights"] = GUARD
+        # Only beside `dtype`, which then wins over it in every version this package runs on.
+        if content.get("dtype") is not None:
+            content["torch_dtype"] = GUARD
+        with open(json_file_path, "w", encoding="utf-8") as writer:
+            writer.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     to_json_file.lowrank_guard = True
     PreTrainedConfig.to_json_file = to_json_file

@@ -1,6 +1,7 @@
 """Factorize tensor by tensor while a checkpoint streams in, on the device each tensor is mapped to."""
 
 import ctypes
+import sys
 
 import torch
 from transformers.core_model_loading import ConversionOps
@@ -16,9 +17,10 @@ def release_freed_memory():
     glibc keeps what was freed; small factors between large temporaries then fragment the heap, and it grows to a
     multiple of the model. One call a matrix costs about a millisecond.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class Factorize(ConversionOps):

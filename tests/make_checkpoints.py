@@ -1,0 +1,39 @@
+"""Write the few-kB checkpoints that every later version has to load; run once for a new format or config version.
+
+    python tests/make_checkpoints.py NAME
+
+The folder `tests/checkpoints/<NAME>` is committed and never written again.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_lowrank import LowRankConfig, factorize
+
+
+RECIPES = {"low_rank_v1": {"method": "svd", "param_ratio": 0.5, "rank_multiple": 1}}
+INPUT = [[3, 1, 4, 1, 5]]
+
+
+def main(name):
+    """Write one checkpoint with the logits it has to give."""
+    folder = Path(__file__).parent / "checkpoints" / name
+    if folder.exists():
+        raise SystemExit(f"{folder} exists; checkpoints are never overwritten")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = factorize(LlamaForCausalLM(config).eval(), LowRankConfig(**RECIPES[name]))
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(INPUT)).logits
+    (folder / "logits.txt").write_text("\n".join(str(v) for v in logits.flatten().tolist()) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

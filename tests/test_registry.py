@@ -1,0 +1,49 @@
+from dataclasses import dataclass
+
+import pytest
+
+from hf_lowrank import METHODS, ConfigError, UnknownNameError
+from hf_lowrank.registry import Registry
+
+
+def make():
+    table = Registry("method")
+
+    @table.register("one")
+    @dataclass(frozen=True)
+    class One:
+        size: int = 3
+
+    return table, One
+
+
+def test_names_dicts_and_instances():
+    table, One = make()
+    assert table.build("one") == One()
+    assert table.build({"name": "one", "size": 4}) == One(4)
+    assert table.build(One(5)) == One(5)
+    assert table.describe(One()) == "one"
+    assert table.describe(One(4)) == {"name": "one", "size": 4}
+    assert "one" in table
+    assert table.names() == ["one"]
+
+
+def test_one_class_a_name():
+    table, One = make()
+    table.register("one")(One)
+    with pytest.raises(ConfigError, match="method 'one' is already registered by"):
+        table.register("one")(int)
+
+
+def test_messages_name_the_allowed():
+    table, _ = make()
+    with pytest.raises(UnknownNameError, match=r"Unknown method 'two'; choose one of \['one'\]"):
+        table["two"]
+    with pytest.raises(ConfigError, match=r"method 'one' has no option \['scale'\]; its options are \['size'\]"):
+        table.build({"name": "one", "scale": 2})
+
+
+@pytest.mark.parametrize("name", METHODS.names())
+def test_every_method_survives_json(name):
+    instance = METHODS[name]()
+    assert METHODS.build(METHODS.describe(instance)) == instance
