@@ -73,12 +73,27 @@ def _load(load, cls, config, args, kwargs):
     with contextlib.ExitStack() as stack:
         if config.needs_statistics and not _is_quantized(cls, args, kwargs):
             _calibrate(load, cls, config, args, kwargs, stack)
+        stack.enter_context(_removing_new_files(session.offload_folder))
         try:
             return load(*args, **kwargs)
         except RuntimeError:
             if session.failure is not None:
                 raise session.failure from None
             raise
+
+
+@contextlib.contextmanager
+def _removing_new_files(folder):
+    """A load that fails takes back what it has written into the offload folder."""
+    before = set(os.listdir(folder)) if folder is not None and os.path.isdir(folder) else set()
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done and folder is not None and os.path.isdir(folder):
+            for name in set(os.listdir(folder)) - before:
+                os.remove(os.path.join(folder, name))
 
 
 def _model_config(cls, args, kwargs):

@@ -2,13 +2,15 @@
 
 import inspect
 import logging
+import math
 import weakref
 from contextlib import ExitStack, contextmanager
 
+import psutil
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import CalibrationError, StatisticsError
+from ..errors import CalibrationError, ResourceError, StatisticsError
 from .base import STATISTICS
 from .store import Statistics, check_finite
 
@@ -41,6 +43,8 @@ class Collector:
         self._readers = WeakIdKeyDictionary()
         self._masks = Masks(model)
         self._warned = set()
+        self._bytes = 0
+        self._available = psutil.virtual_memory().available
 
     @contextmanager
     def watching(self):
@@ -76,6 +80,17 @@ class Collector:
                 check_finite(leader, name, tensor)
         return Statistics(self.leaders, tensors, {**provenance, "tokens": self.tokens})
 
+    def _reserve(self, inputs):
+        """Refuse before the machine starts to swap: accumulators are touched only by and by, so nothing else would."""
+        shapes = [STATISTICS[name].shape(1, inputs.shape[-1]) for name in self.names]
+        self._bytes += sum(math.prod(shape) for shape in shapes) * torch.float64.itemsize
+        if inputs.device.type == "cpu" and self._bytes > self._available:
+            raise ResourceError(
+                f"The statistics of the first {len(self.accumulators) + 1} inputs need {self._bytes / 2**30:.1f} GiB, "
+                f"{self._available / 2**30:.1f} GiB of memory are free; calibrate fewer layers at a time with "
+                "`target_modules`, or use `method='svd'`."
+            )
+
     def _observe(self, name, inputs, routed=None):
         reader = self._readers.get(inputs)
         if reader is None:
@@ -97,6 +112,7 @@ class Collector:
                 tuple(inputs.shape),
             )
         if name not in self.accumulators:
+            self._reserve(inputs)
             self.accumulators[name] = [STATISTICS[s](inputs.shape[-1], inputs.device) for s in self.names]
         for statistic in self.accumulators[name]:
             statistic.update(rows)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.accelerate import compute_module_sizes
 
@@ -108,6 +109,21 @@ def test_calibrated_load_with_offload(folders, tmp_path):
         folders / "llama", lowrank_config=config, device_map=ONE_LAYER_ON_DISK, offload_folder=tmp_path / "offload"
     )
     assert torch.equal(run(model), expected)
+
+
+def test_a_failed_load_leaves_no_file_behind(folders, tmp_path):
+    state = load_file(folders / "llama" / "model.safetensors")
+    state["model.layers.1.self_attn.v_proj.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(folders / "llama" / "config.json", tmp_path)
+    offload = tmp_path / "offload"
+    offload.mkdir()
+    (offload / "mine.txt").touch()
+    with pytest.raises(hf_lowrank.NonFiniteError, match="layers.1.self_attn.v_proj"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, lowrank_config=CONFIG, device_map=ONE_LAYER_ON_DISK, offload_folder=offload
+        )
+    assert [path.name for path in offload.iterdir()] == ["mine.txt"]
 
 
 def test_disk_without_a_folder_is_refused_before_loading(folders):

@@ -1,9 +1,11 @@
 """One pass, counted once, padding never."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from hf_lowrank import CalibrationError, Statistics, StatisticsError, collect_statistics
+from hf_lowrank import CalibrationError, ResourceError, Statistics, StatisticsError, collect_statistics
 from hf_lowrank.statistics.collect import collect
 from hf_lowrank.statistics.input_gram import InputGram
 from hf_lowrank.surgery import match_sites
@@ -230,3 +232,12 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="s.safetensors"):
         statistics.save(tmp_path / "s.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_too_little_memory_is_said_before_it_is_used(monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 8 * 64 * 64))
+    model, inputs = tiny_model("llama")
+    with pytest.raises(ResourceError, match="The statistics of the first 4 inputs need"):
+        collect_statistics(model, [inputs()])

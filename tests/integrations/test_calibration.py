@@ -1,0 +1,167 @@
+"""Whatever the user calls calibration data becomes the right batches, and the record says what it was."""
+
+import functools
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import hf_lowrank
+from hf_lowrank import Calibration, LowRankConfig, collect_statistics
+from hf_lowrank.testing import tiny_model
+
+
+TEXTS = [f"w{i} w{i + 1} w{(7 * i) % 90} w{(3 * i) % 90}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A tiny language model with a tokenizer of whole words."""
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_model("llama")[0].save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w95", pad_token="w0").save_pretrained(folder)
+    return folder
+
+
+def provenance(folder, calibration):
+    config = LowRankConfig(param_ratio=0.5, calibration=calibration)
+    model = AutoModelForCausalLM.from_pretrained(folder, lowrank_config=config)
+    return model.config.quantization_config.to_dict()["recipe"]["calibration"]
+
+
+def test_texts_files_and_data_sets_are_the_same_tokens(llama, tmp_path):
+    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS)
+    (tmp_path / "texts.jsonl").write_text(lines)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text(lines)
+    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
+    grams = {}
+    for name, data in (
+        ("list", TEXTS),
+        ("jsonl", str(tmp_path / "texts.jsonl")),
+        ("set", str(tmp_path / "set")),
+        ("txt", str(tmp_path / "texts.txt")),
+    ):
+        calibration = Calibration(data, samples=5, length=16, batch_size=2)
+        statistics = collect_statistics(AutoModelForCausalLM.from_pretrained(llama), calibration)
+        assert statistics.provenance["tokens"] == 5 * 16
+        grams[name] = statistics.get("model.layers.1.mlp.down_proj", ["input_gram"])["input_gram"]
+    assert all(torch.equal(gram, grams["list"]) for gram in grams.values())
+
+
+def test_the_record_says_where_it_came_from(llama, tmp_path):
+    record = provenance(llama, Calibration(TEXTS, samples=5, length=16))
+    assert record["data"] == "40 texts"
+    assert record["tokens"] == 80
+    assert len(record["sha256"]) == 64
+    record = provenance(llama, Calibration(samples=3, length=8))
+    assert record == {"data": "self", "samples": 3, "length": 8, "temperature": 1.0, "seed": 0, "tokens": 24}
+
+
+def test_a_dataloader_and_a_generator(llama):
+    ids = torch.randint(3, 90, (6, 9))
+    loader = torch.utils.data.DataLoader([{"input_ids": row} for row in ids], batch_size=2)
+    assert provenance(llama, loader)["tokens"] == 54
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    statistics = collect_statistics(model, ({"input_ids": row[None]} for row in ids))
+    assert statistics.provenance["tokens"] == 54
+
+
+def test_saved_statistics_give_the_same_factors(llama, tmp_path):
+    batches = [{"input_ids": torch.randint(3, 90, (2, 30))}]
+    direct = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(calibration=batches))
+    path = tmp_path / "kept.safetensors"
+    collect_statistics(AutoModelForCausalLM.from_pretrained(llama), batches).save(path)
+    for kept in (path, str(path), hf_lowrank.Statistics.load(path)):
+        model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(calibration=kept))
+        state = model.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in direct.state_dict().items())
+
+
+def test_a_wrong_column_is_named(llama, tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"body": "w1 w2"}\n')
+    config = LowRankConfig(calibration=str(tmp_path / "texts.jsonl"))
+    with pytest.raises(hf_lowrank.CalibrationError, match=r"has no column 'text'; its columns are \['body'\]"):
+        AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)
+
+
+def test_encoders_read_one_text_a_sample_with_special_tokens(tmp_path):
+    model, _ = tiny_model("bert")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w95", pad_token="w0")
+    texts = ["w3 w4 w5", "w6 w7 w8 w9 w10", "w11"]
+    statistics = collect_statistics(model, texts, tokenizer)
+    assert statistics.provenance["tokens"] == 9
+
+
+def test_text_for_an_encoder_decoder_is_refused(tmp_path):
+    model, _ = tiny_model("t5")
+    with pytest.raises(hf_lowrank.CalibrationError, match="needs inputs for its decoder too"):
+        collect_statistics(model, ["some text"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"samples": 0}, "`samples`=0 of Calibration"), ({"temperature": 0}, "`temperature`=0 of Calibration")],
+)
+def test_sizes_are_checked(options, message):
+    with pytest.raises(hf_lowrank.ConfigError, match=message):
+        Calibration(**options)
+
+
+class Hub(http.server.SimpleHTTPRequestHandler):
+    """Just enough of a hub to download one file: `/<owner>/<repo>/resolve/main/<file>`."""
+
+    def send_head(self):
+        self.path = self.path.replace("/resolve/main/", "/").replace("/resolve/" + "0" * 40 + "/", "/")
+        return super().send_head()
+
+    def end_headers(self):
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", '"1"')
+        super().end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def test_statistics_from_a_hub(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    (tmp_path / "me" / "stats").mkdir(parents=True)
+    collect_statistics(model, [{"input_ids": torch.arange(3, 60)[None]}]).save(
+        tmp_path / "me" / "stats" / "llama.safetensors"
+    )
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = f"""
+from transformers import AutoModelForCausalLM
+from hf_lowrank import LowRankConfig, summary
+config = LowRankConfig(calibration="me/stats/llama.safetensors")
+model = AutoModelForCausalLM.from_pretrained({str(llama)!r}, lowrank_config=config)
+print(len(summary(model).rows), model.config.quantization_config.to_dict()["recipe"]["calibration"]["tokens"])
+"""
+    env = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["14", "57"]
