@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class Plan:
         return {name: {"format": format, "rank": rank} for name, rank in self.ranks.items()}
 
 
-def make_plan(model, recipe, available=None):
+def make_plan(model, recipe, available=None, curves=None):
     """Decide the rank of every target, before any weight is touched.
 
     Args:
@@ -40,6 +41,8 @@ def make_plan(model, recipe, available=None):
         recipe ([`Recipe`]): what to do.
         available (`Callable[[Site], bool]`, *optional*): whether the checkpoint holds a site's weight; others are left
             as they are (a new head has nothing to factorize).
+        curves (`dict[str, torch.Tensor]`, *optional*): error curves by name, for allocators that need them. Without
+            them such an allocator gives every free weight the lowest rank: a plan to measure curves with.
 
     Raises:
         TargetError, RankError, ConfigError: every argument that does not fit the model.
@@ -55,12 +58,19 @@ def make_plan(model, recipe, available=None):
     fixed = _fixed_ranks(sites, recipe.rank_pattern)
     if recipe.rank is not None:
         fixed = {site.name: recipe.rank for site in sites} | fixed
-    candidates = {site.name: _candidate(site, recipe) for site in sites}
+    candidates = {site.name: _candidate(site, recipe, curves) for site in sites}
     free = [candidates[site.name] for site in sites if site.name not in fixed]
     ranks = dict(fixed)
-    if free:
+    if free and recipe.allocation.needs_curves and curves is None:
+        ranks.update({candidate.name: candidate.least_rank for candidate in free})
+    elif free:
         dense_cost = sum(candidate.dense_cost for candidate in free)
         budget = recipe.target_params if recipe.target_params is not None else recipe.param_ratio * dense_cost
+        if recipe.allocation.needs_curves:
+            # Not measured is what no rank makes smaller.
+            budget -= sum(candidate.dense_cost for candidate in free if candidate.curve is None)
+            ranks.update({candidate.name: None for candidate in free if candidate.curve is None})
+            free = [candidate for candidate in free if candidate.curve is not None]
         ranks.update(recipe.allocation.allocate(free, budget))
     chosen, dense = {}, []
     for site in sites:
@@ -97,19 +107,46 @@ def factorize_site(site, weight, rank, recipe, statistics, dtype):
     Raises:
         LowRankError: numerical trouble, with the name of the site in front.
     """
-    device = torch.device(recipe.compute_device) if recipe.compute_device else weight.device
-    try:
-        stats = statistics.get(site.name, recipe.method.statistics) if recipe.method.statistics else {}
-        stats = {name: tensor.to(device) for name, tensor in stats.items()}
+    device = _device_for(recipe, weight)
+    with _naming(site):
+        stats = _stats_of(site, recipe, statistics, device)
         factors = [recipe.method.factorize(copy.to(device), rank, stats) for copy in weight]
-    except LowRankError as error:
-        raise type(error)(f"{site.name}: {error}") from error
     error = (sum(f.relative_error**2 for f in factors) / len(factors)) ** 0.5
     tensors = site.kind.tensors(site, FORMATS[recipe.format], factors, dtype)
     return {name: tensor.to(weight.device) for name, tensor in tensors.items()}, error
 
 
-def _candidate(site, recipe):
+def measure_site(site, weight, recipe, statistics):
+    """The error curve of one site, summed over its copies: `(min(out, in),)`, float64, on the CPU."""
+    curves = []
+    with _naming(site):
+        stats = _stats_of(site, recipe, statistics, _device_for(recipe, weight))
+        for copy in weight:
+            curves.append(recipe.method.error_curve(copy.to(_device_for(recipe, weight)), stats).cpu())
+    return torch.stack(curves).sum(0)
+
+
+@contextmanager
+def _naming(site):
+    """Errors inside come out with the name of the site in front."""
+    try:
+        yield
+    except LowRankError as error:
+        raise type(error)(f"{site.name}: {error}") from error
+
+
+def _device_for(recipe, weight):
+    return torch.device(recipe.compute_device) if recipe.compute_device else weight.device
+
+
+def _stats_of(site, recipe, statistics, device):
+    if not recipe.method.statistics:
+        return {}
+    found = statistics.get(site.name, recipe.method.statistics)
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def _candidate(site, recipe, curves):
     format = FORMATS[recipe.format]
 
     def cost(rank):
@@ -125,6 +162,7 @@ def _candidate(site, recipe):
         least_rank=least,
         cost=cost,
         break_even=format.break_even(site.out_features, site.in_features),
+        curve=None if curves is None or site.name not in curves else curves[site.name].tolist(),
     )
 
 

@@ -162,10 +162,10 @@ class LinearKind:
 
     @contextmanager
     def watch(self, model, sites, observe):
-        """While open, call `observe(site_name, inputs)` for every input of the sites, which live in one module."""
+        """While open, call `observe(site_name, inputs, outputs)` when one of the sites, all of one module, runs."""
         module = model.get_submodule(sites[0].name)
-        # The hook must return None: anything else would replace the input.
-        handle = module.register_forward_pre_hook(lambda _, args: observe(sites[0].name, args[0]))
+        # The hook must return None: anything else would replace the output.
+        handle = module.register_forward_hook(lambda _, args, output: observe(sites[0].name, args[0], output))
         try:
             yield
         finally:

@@ -23,6 +23,7 @@ class Candidate:
         least_rank (`int`): what the layer's kernel insists on: ranks are multiples of it.
         cost (`Callable[[int], int]`): numbers stored at a rank, for all copies, bias excluded.
         break_even (`int`): from this rank on the weight stays dense.
+        curve (`list[float]`, *optional*): entry r - 1 is the squared error at rank r; only for allocators that ask.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Candidate:
     least_rank: int
     cost: object
     break_even: int
+    curve: object = None
 
     @property
     def dense_cost(self):
@@ -42,9 +44,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allocator:
-    """Base class of allocators; a subclass is one file in `hf_lowrank/allocation`."""
+    """Base class of allocators; a subclass is one file in `hf_lowrank/allocation`.
+
+    Class attributes:
+        needs_curves (`bool`): whether candidates must carry their error curves.
+    """
 
     name: ClassVar[str]
+    needs_curves: ClassVar[bool] = False
 
     def allocate(self, candidates, budget):
         """Ranks within a budget.

@@ -171,9 +171,10 @@ class ExpertsKind(LinearKind):
             token_index = torch.sort(top_k_index.reshape(-1))[1] // top_k
 
             def project(name, rows, offsets, experts):
+                projected = _project(module, name, rows, offsets, experts)
                 if name in names:
-                    observe(names[name], rows, (token_index, tokens))
-                return _project(module, name, rows, offsets, experts)
+                    observe(names[name], rows, projected, (token_index, tokens))
+                return projected
 
             return experts_forward(module, hidden_states, top_k_index, top_k_weights, project)
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import gc
 import os
 import tempfile
 
@@ -12,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from ..factorize import make_plan
-from ..statistics import Statistics
 from .calibration import as_calibration, check_calibration, load_tokenizer, saved_statistics
 from .config import QUANT_METHOD, LowRankConfig
 from .quantizer import Session
@@ -71,15 +69,31 @@ def _load(load, cls, config, args, kwargs):
         key_mapping=kwargs.get("key_mapping"), offload_folder=kwargs.get("offload_folder")
     )
     with contextlib.ExitStack() as stack:
-        if config.needs_statistics and not _is_quantized(cls, args, kwargs):
-            _calibrate(load, cls, config, args, kwargs, stack)
         stack.enter_context(_removing_new_files(session.offload_folder))
-        try:
-            return load(*args, **kwargs)
-        except RuntimeError:
-            if session.failure is not None:
-                raise session.failure from None
-            raise
+        if not _is_quantized(cls, args, kwargs):
+            if config.needs_statistics:
+                _calibrate(load, cls, config, args, kwargs, stack)
+            if config.allocation.needs_curves and config.rank is None:
+                _measure(load, config, args, kwargs)
+        return _load_once(load, session, args, kwargs)
+
+
+def _load_once(load, session, args, kwargs):
+    try:
+        return load(*args, **kwargs)
+    except RuntimeError:
+        # transformers collects errors of single tensors and raises one of its own at the end.
+        if session.failure is not None:
+            raise session.failure from None
+        raise
+
+
+def _measure(load, config, args, kwargs):
+    """A pass over the checkpoint that leaves nothing but the error curve of every weight, for the allocator."""
+    session = config.session
+    session.curves, session.measuring = {}, True
+    _load_once(load, session, args, {**kwargs, "quantization_config": copy.deepcopy(config)})
+    session.measuring = False
 
 
 @contextlib.contextmanager
@@ -140,9 +154,5 @@ def _calibrate(load, cls, config, args, kwargs, stack):
         dense_kwargs["offload_folder"] = os.path.join(folder, "offload")
     model = load(*args, **dense_kwargs)
     statistics = collect_for(model, config, calibration, tokenizer)
-    file = os.path.join(folder, "statistics.safetensors")
-    statistics.save(file)
+    config.session.statistics = statistics
     config.session.provenance = statistics.provenance
-    del model, statistics
-    gc.collect()
-    config.session.statistics = Statistics.load(file)

@@ -35,6 +35,16 @@ def _rowwise(name):
 STYLES = {"colwise": _colwise, "rowwise": _rowwise}
 
 
+def agreed(model, tensor):
+    """Rank 0's `tensor` on every process that loads a part of `model`, so that all come to the same decisions."""
+    if getattr(model, "_device_mesh", None) is None or not dist.is_initialized():
+        return tensor
+    device = next(model.buffers(), tensor).device if dist.get_backend() == "nccl" else tensor.device
+    shared = tensor.to(device)
+    dist.broadcast(shared, src=0)
+    return shared.to(tensor.device)
+
+
 def local_part(model, name, tensor):
     """This process's part of a parameter that is split over processes; other parameters as they are.
 

@@ -13,10 +13,11 @@ class Progress:
 
     Args:
         total (`int`): how many matrices there are.
+        description (`str`, defaults to `"Factorizing"`): what is done to them.
     """
 
-    def __init__(self, total):
-        self._bar = logging.tqdm(total=total, desc="Factorizing", unit="matrix")
+    def __init__(self, total, description="Factorizing"):
+        self._bar = logging.tqdm(total=total, desc=description, unit="matrix")
 
     def start(self, name):
         """The matrix at work."""

@@ -32,6 +32,8 @@ class Session:
         statistics ([`Statistics`], *optional*): for methods that need them.
         key_mapping (`dict`, *optional*): as given to `from_pretrained`.
         offload_folder (`str`, *optional*): as given to `from_pretrained`.
+        curves (`dict`, *optional*): error curves by site, for allocators that need them.
+        measuring (`bool`): whether this pass collects `curves` and throws the model away.
         failure ([`LowRankError`], *optional*): the first error while tensors streamed in.
         provenance (`dict`): JSON that describes the calibration.
     """
@@ -39,6 +41,8 @@ class Session:
     statistics: object = None
     key_mapping: dict | None = None
     offload_folder: str | None = None
+    curves: dict | None = None
+    measuring: bool = False
     failure: Exception | None = None
     provenance: dict = field(default_factory=dict)
 
@@ -99,7 +103,7 @@ class LowRankQuantizer(HfQuantizer):
         else:
             self._build_placeholders(model, checkpoint_files)
             self._check_offload(device_map)
-            self.progress = Progress(len(self.plan.sites))
+            self.progress = Progress(len(self.plan.sites), "Measuring" if self.session.measuring else "Factorizing")
         rewrite_parallel_plan(model)
 
     def _build_from_modules(self, model):
@@ -123,7 +127,7 @@ class LowRankQuantizer(HfQuantizer):
         if checkpoint_files:
             names = parameter_names(model, stored_keys(checkpoint_files), self.session.key_mapping)
             available = lambda site: site.weight_name in names  # noqa: E731
-        self.plan = make_plan(model, config, available)
+        self.plan = make_plan(model, config, available, None if self.session.measuring else self.session.curves)
         if config.needs_statistics:
             if self.session.statistics is None:
                 raise CalibrationError(
@@ -166,7 +170,7 @@ class LowRankQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.quantization_config.session = None
         if self.progress is not None:
-            self.progress.close(_summary_line(self.plan, model))
+            self.progress.close(None if self.session.measuring else _summary_line(self.plan, model))
             self.progress = None
 
     def get_state_dict_and_metadata(self, model):

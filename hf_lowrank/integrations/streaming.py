@@ -7,8 +7,8 @@ import torch
 from transformers.core_model_loading import ConversionOps
 
 from ..errors import LowRankError
-from ..factorize import factorize_site
-from .parallel import local_part
+from ..factorize import factorize_site, measure_site
+from .parallel import agreed, local_part
 
 
 def release_freed_memory():
@@ -63,17 +63,30 @@ class Factorize(ConversionOps):
         quantizer.progress.start(site.name)
         try:
             weight = site.kind.oriented(model, site, tensor)
-            rank = quantizer.plan.ranks[site.name]
-            tensors, error = factorize_site(site, weight, rank, config, quantizer.session.statistics, tensor.dtype)
+            if quantizer.session.measuring:
+                tensors = self._measure(model, site, weight)
+            else:
+                rank = quantizer.plan.ranks[site.name]
+                statistics = quantizer.session.statistics
+                tensors, error = factorize_site(site, weight, rank, config, statistics, tensor.dtype)
+                site.kind.set_error(model, site.name, error)
+                config.modules[site.name]["relative_error"] = error
         except LowRankError as failure:
             quantizer.session.failure = failure
             quantizer.progress.close()
             raise
-        site.kind.set_error(model, site.name, error)
-        config.modules[site.name]["relative_error"] = error
         quantizer.progress.done()
         release_freed_memory()
         return tensors
+
+    def _measure(self, model, site, weight):
+        """Note the error curve; the factors of this pass are empty and will be thrown away."""
+        session = self.quantizer.session
+        curve = measure_site(site, weight, self.quantizer.quantization_config, session.statistics)
+        session.curves[site.name] = agreed(model, curve)
+        empty = site.kind.parameters(model, site.name)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        return {names[id(p)]: torch.zeros(p.shape, dtype=weight.dtype, device=weight.device) for p in empty}
 
     @property
     def reverse_op(self):

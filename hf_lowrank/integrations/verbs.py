@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError, ConfigError, LowRankError
-from ..factorize import factorize_site, make_plan
+from ..factorize import factorize_site, make_plan, measure_site
 from ..formats import FORMATS
 from ..linalg import require_finite
 from ..methods import METHODS
@@ -56,6 +56,15 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
         provenance = statistics.provenance
     for site in plan.sites.values():
         require_finite(site.kind.weight(model, site), f"The weight of {site.name}")
+    if config.allocation.needs_curves and config.rank is None:
+        curves = {}
+        progress = Progress(len(plan.sites), "Measuring")
+        for site in plan.sites.values():
+            progress.start(site.name)
+            curves[site.name] = measure_site(site, site.kind.weight(model, site), config, statistics)
+            progress.done()
+        progress.close()
+        plan = make_plan(model, config, curves=curves)
     progress = Progress(len(plan.sites))
     modules = plan.specs(config.format)
     for site in plan.sites.values():
@@ -119,6 +128,7 @@ def collect_for(model, recipe, calibration, tokenizer):
         batches,
         provenance,
         progress=lambda iterable: bar(iterable, "Calibrating"),
+        seed=recipe.seed,
     )
 
 

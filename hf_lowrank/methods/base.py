@@ -61,6 +61,10 @@ class Method:
         """
         raise NotImplementedError
 
+    def objective(self, difference, stats):
+        """The squared error that `factorize` minimises, as a function of `W - W'` `(out, in)`, float64."""
+        raise NotImplementedError
+
     def error_curve(self, weight, stats):
         """The objective at every rank: entry r - 1 is the squared error at rank r, `(min(out, in),)`, float64."""
         raise NotImplementedError

@@ -27,6 +27,9 @@ class SVD(Method):
     def factorize(self, weight, rank, stats):
         return Factors.from_energies(*truncated_svd(weight, rank))
 
+    def objective(self, difference, stats):
+        return difference.square().sum()
+
     def error_curve(self, weight, stats):
         energies = truncated_svd(weight, 1)[2]
         return energies.sum() - energies.cumsum(0)

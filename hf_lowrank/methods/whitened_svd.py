@@ -60,6 +60,10 @@ class WhitenedSVD(Method):
         right = torch.linalg.solve_triangular(lower, rows[:rank], upper=False, left=False)
         return Factors.from_energies(basis[:, :rank] * singular[:rank], right, singular**2)
 
+    def objective(self, difference, stats):
+        gram = shrink(stats["input_gram"].double(), self.shrinkage)
+        return ((difference @ gram) * difference).sum()
+
     def error_curve(self, weight, stats):
         gram = shrink(stats["input_gram"].double(), self.shrinkage)
         energies = output_optimal(weight, gram, 1)[2]

@@ -12,16 +12,21 @@ register_statistic = STATISTICS.register
 class Statistic:
     """Base class of statistics; a subclass is one file in `hf_lowrank/statistics`, registered by `register_statistic`.
 
-    One object serves one *input*: linears that read the same tensor share it.
+    A statistic of inputs serves one input: linears that read the same tensor share it. A statistic of gradients
+    belongs to one linear, and makes the pass run backward.
 
     Args:
-        in_features (`int`): size of the last dimension of the input.
+        features (`int`): size of the last dimension of what is observed.
         device (`torch.device`): where to accumulate; the device of the layer.
+
+    Class attributes:
+        of_gradients (`bool`): whether it observes gradients at the output rather than the input.
     """
 
     name: ClassVar[str]
+    of_gradients: ClassVar[bool] = False
 
-    def __init__(self, in_features, device):
+    def __init__(self, features, device):
         raise NotImplementedError
 
     @staticmethod
@@ -30,7 +35,7 @@ class Statistic:
         raise NotImplementedError
 
     def update(self, rows):
-        """Account for some tokens, `(tokens, in)`, padding already removed."""
+        """Account for some tokens, `(tokens, features)`, padding already removed."""
         raise NotImplementedError
 
     def result(self):

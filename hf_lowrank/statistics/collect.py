@@ -22,10 +22,10 @@ CHEAPER = {"use_cache": False, "logits_to_keep": 1}
 
 
 class Collector:
-    """Accumulates statistics at the inputs of some sites while the model runs.
+    """Accumulates statistics at some sites while the model runs.
 
-    Linears that read the very same tensor (q/k/v, gate/up) share one accumulator. Who shares is learned in the first
-    batch and must hold in the others.
+    Linears that read the very same tensor (q/k/v, gate/up) share the statistics of their input. Who shares is learned
+    in the first batch and must hold in the others.
 
     Args:
         model (`torch.nn.Module`): the dense model.
@@ -36,12 +36,13 @@ class Collector:
     def __init__(self, model, sites, names):
         self.model = model
         self.sites = {site.name: site for site in sites}
-        self.names = names
+        self.of_inputs = [name for name in names if not STATISTICS[name].of_gradients]
+        self.of_gradients = [name for name in names if STATISTICS[name].of_gradients]
         self.accumulators = {}
         self.leaders = {}
         self.tokens = 0
         self._readers = WeakIdKeyDictionary()
-        self._masks = Masks(model)
+        self.masks = Masks(model)
         self._warned = set()
         self._bytes = 0
         self._available = psutil.virtual_memory().available
@@ -55,14 +56,14 @@ class Collector:
                 groups.setdefault(site.owner, []).append(site)
             for group in groups.values():
                 stack.enter_context(group[0].kind.watch(self.model, group, self._observe))
-            stack.enter_context(self._masks.watching())
+            stack.enter_context(self.masks.watching())
             yield self
 
     def start_batch(self, batch):
         """Forget the tensors of the batch before and take over the masks of this one."""
         self._readers = WeakIdKeyDictionary()
-        self._masks.start_batch(batch)
-        self.tokens += self._masks.count(batch)
+        self.masks.start_batch(batch)
+        self.tokens += self.masks.count(batch)
 
     def result(self, provenance):
         """The finished [`Statistics`]; accumulators are released as it goes."""
@@ -73,25 +74,31 @@ class Collector:
                 "that reach them (an encoder-decoder needs decoder inputs or labels), or exclude them with "
                 "`exclude_modules`."
             )
+        self._add_zero_gradients()
         tensors = {}
-        for leader in list(self.accumulators):
-            tensors[leader] = {s.name: s.result() for s in self.accumulators.pop(leader)}
-            for name, tensor in tensors[leader].items():
-                check_finite(leader, name, tensor)
+        for owner, name in list(self.accumulators):
+            tensor = self.accumulators.pop((owner, name)).result()
+            check_finite(owner, name, tensor)
+            tensors.setdefault(owner, {})[name] = tensor
         return Statistics(self.leaders, tensors, {**provenance, "tokens": self.tokens})
 
-    def _reserve(self, inputs):
-        """Refuse before the machine starts to swap: accumulators are touched only by and by, so nothing else would."""
-        shapes = [STATISTICS[name].shape(1, inputs.shape[-1]) for name in self.names]
-        self._bytes += sum(math.prod(shape) for shape in shapes) * torch.float64.itemsize
-        if inputs.device.type == "cpu" and self._bytes > self._available:
-            raise ResourceError(
-                f"The statistics of the first {len(self.accumulators) + 1} inputs need {self._bytes / 2**30:.1f} GiB, "
-                f"{self._available / 2**30:.1f} GiB of memory are free; calibrate fewer layers at a time with "
-                "`target_modules`, or use `method='svd'`."
-            )
+    def _add_zero_gradients(self):
+        """A layer the loss does not depend on has a gradient of zero, which is what is recorded, and said."""
+        for name in self.of_gradients:
+            silent = sorted(site for site in self.sites if (site, name) not in self.accumulators)
+            if silent:
+                logger.warning(
+                    "The loss does not depend on %d targeted layers, such as %s; any rank will do for them.",
+                    len(silent),
+                    silent[0],
+                )
+            for site in silent:
+                features = self.sites[site].out_features
+                self.accumulators[site, name] = STATISTICS[name](features, torch.device("cpu"))
 
-    def _observe(self, name, inputs, routed=None):
+    def _observe(self, name, inputs, outputs, routed=None):
+        if self.of_gradients:
+            self._await_gradient(name, outputs, routed)
         reader = self._readers.get(inputs)
         if reader is None:
             self._readers[inputs] = reader = name
@@ -100,22 +107,54 @@ class Collector:
                 f"{name} read the same input as {self.leaders[name]} in the first batch, but not in a later one; "
                 "calibrate on batches that take the same path through the model."
             )
-        if reader != name:
-            return
-        rows, aligned = self._masks.select(name, inputs, routed)
-        if not aligned and name not in self._warned:
-            self._warned.add(name)
-            logger.warning(
-                "The inputs of %s, %s, cannot be matched with the attention mask: padding is counted there. "
-                "Calibrate without padding (equal lengths) to avoid it.",
-                name,
-                tuple(inputs.shape),
+        if reader == name:
+            self._update(name, self.of_inputs, self._rows(name, inputs, self.masks.chooser(name, inputs, routed)))
+
+    def _await_gradient(self, name, outputs, routed):
+        choose = self.masks.chooser(name, outputs, routed)
+        if not outputs.requires_grad:
+            # The first layers: everything in front of them is frozen, so that the graph starts here.
+            outputs.requires_grad_()
+        outputs.register_hook(
+            lambda gradient: self._update(name, self.of_gradients, self._rows(name, gradient, choose))
+        )
+
+    def _rows(self, name, tensor, choose):
+        rows = tensor.detach().reshape(-1, tensor.shape[-1])
+        if choose is None:
+            return rows
+        if choose is UNALIGNED:
+            if name not in self._warned:
+                self._warned.add(name)
+                logger.warning(
+                    "The inputs of %s, %s, cannot be matched with the attention mask: padding is counted there. "
+                    "Calibrate without padding (equal lengths) to avoid it.",
+                    name,
+                    tuple(tensor.shape),
+                )
+            return rows
+        return rows[choose.to(rows.device)]
+
+    def _update(self, name, statistics, rows):
+        for statistic in statistics:
+            if (name, statistic) not in self.accumulators:
+                self._reserve(rows, statistic)
+                self.accumulators[name, statistic] = STATISTICS[statistic](rows.shape[-1], rows.device)
+            self.accumulators[name, statistic].update(rows)
+
+    def _reserve(self, rows, statistic):
+        """Refuse before the machine starts to swap: accumulators are touched only by and by, so nothing else would."""
+        shape = STATISTICS[statistic].shape(rows.shape[-1], rows.shape[-1])
+        self._bytes += math.prod(shape) * torch.float64.itemsize
+        if rows.device.type == "cpu" and self._bytes > self._available:
+            raise ResourceError(
+                f"The first {len(self.accumulators) + 1} statistics need {self._bytes / 2**30:.1f} GiB, "
+                f"{self._available / 2**30:.1f} GiB of memory are free; calibrate fewer layers at a time with "
+                "`target_modules`, or use `method='svd'`."
             )
-        if name not in self.accumulators:
-            self._reserve(inputs)
-            self.accumulators[name] = [STATISTICS[s](inputs.shape[-1], inputs.device) for s in self.names]
-        for statistic in self.accumulators[name]:
-            statistic.update(rows)
+
+
+UNALIGNED = object()
 
 
 class Masks:
@@ -165,35 +204,46 @@ class Masks:
         first = ids if ids is not None else next(iter(batch.values()))
         return ids.numel() if ids is not None else first.shape[0]
 
-    def select(self, name, inputs, routed=None):
-        """`(rows, aligned)`: the real rows `(tokens, in)`, and whether padding is known to be gone from them.
+    def chooser(self, name, tensor, routed=None):
+        """Which rows of `tensor` at the site `name` are real tokens.
 
-        `routed` is `(token index of each row, number of tokens)` where a router has picked and sorted the rows.
+        Args:
+            name (`str`): the site, which may belong to the decoder.
+            tensor (`torch.Tensor`): its input or output.
+            routed (`tuple`, *optional*): `(token index of each row, number of tokens)` where a router has picked and
+                sorted the rows.
+
+        Returns:
+            A boolean mask of rows, `None` for all, or `UNALIGNED` where padding cannot be told apart.
         """
-        flat = inputs.reshape(-1, inputs.shape[-1])
         if routed is not None:
-            return self._select_routed(flat, *routed)
+            return self._routed(*routed)
+        rows = math.prod(tensor.shape[:-1])
         masks = [self._first, self._second]
-        if name in self._decoder and inputs is not self._encoded():
+        if name in self._decoder and tensor is not self._encoded():
             masks.reverse()
             if masks[0] is None:
-                return flat, True
+                return None
         for mask in masks:
             if mask is None:
                 continue
-            if inputs.shape[:-1] == mask.shape or (inputs.ndim == 2 and len(flat) == mask.numel()):
-                return (flat if mask.all() else flat[mask.flatten().to(flat.device)]), True
+            if tensor.shape[:-1] == mask.shape or (tensor.ndim == 2 and rows == mask.numel()):
+                return None if mask.all() else mask.flatten()
         # One row a sample (a pooler), or another modality with its own length: nothing to remove.
         padded = any(mask is not None and not mask.all() for mask in masks)
-        per_sample = any(mask is not None and inputs.ndim == 2 and len(flat) == mask.shape[0] for mask in masks)
-        return flat, per_sample or not padded or inputs.ndim > 2
+        per_sample = any(mask is not None and tensor.ndim == 2 and rows == mask.shape[0] for mask in masks)
+        return None if per_sample or not padded or tensor.ndim > 2 else UNALIGNED
 
-    def _select_routed(self, rows, token_index, tokens):
+    def labelled(self):
+        """The mask of the tokens that the model predicts, `None` for all."""
+        return self._second if self._decoder else self._first
+
+    def _routed(self, token_index, tokens):
         masks = [mask for mask in (self._first, self._second) if mask is not None and not mask.all()]
         for mask in masks:
             if mask.numel() == tokens:
-                return rows[mask.flatten().to(rows.device)[token_index]], True
-        return rows, not masks
+                return mask.flatten().to(token_index.device)[token_index]
+        return UNALIGNED if masks else None
 
 
 def _as_mask(mask):
@@ -205,16 +255,54 @@ def device_of(model):
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def collect(model, sites, names, batches, provenance=None, progress=None):
-    """Run `model` over `batches` and return the statistics at the inputs of `sites`.
+@contextmanager
+def _frozen(model):
+    """No parameter asks for a gradient inside: the backward pass is then no dearer than a forward pass."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def fisher_loss(output, mask, generator):
+    """The negative log-likelihood, summed over tokens, of labels drawn from the model's own predictions.
+
+    Without logits (a base model), the sum of the outputs with Gaussian weights, whose gradients have the same second
+    moments as those of a Gaussian likelihood.
+
+    Args:
+        output (`ModelOutput`): what the model returned.
+        mask (`torch.Tensor`, *optional*): the tokens that count.
+        generator (`torch.Generator`): of the labels or weights.
+    """
+    logits = output.get("logits") if hasattr(output, "get") else None
+    if logits is None or logits.shape[-1] == 1:
+        tensors = [logits] if logits is not None else list(output.values() if hasattr(output, "values") else output)
+        floating = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad]
+        noise = [torch.randn(t.shape, generator=generator, device=t.device) for t in floating]
+        return sum((t.float() * n).sum() for t, n in zip(floating, noise, strict=True))
+    if mask is not None and mask.shape == logits.shape[:-1]:
+        logits = logits[mask.to(logits.device)]
+    logits = logits.reshape(-1, logits.shape[-1]).float()
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+def collect(model, sites, names, batches, provenance=None, progress=None, seed=0):
+    """Run `model` over `batches` and return statistics at `sites`.
 
     Args:
         model (`torch.nn.Module`): in memory or dispatched by accelerate; put into eval mode for the pass and back.
         sites (`list[Site]`): the linears to look at.
-        names (`list[str]`): registered statistics to accumulate.
+        names (`list[str]`): registered statistics to accumulate; those of gradients make the pass run backward.
         batches (`Iterable[dict]`): keyword arguments of the model's forward, tensors of any modality.
         provenance (`dict`, *optional*): what to record about the data.
         progress (`Callable`, *optional*): wraps the iterable, as tqdm does.
+        seed (`int`, defaults to 0): of the labels that gradients are taken for.
 
     Returns:
         [`Statistics`]
@@ -222,20 +310,27 @@ def collect(model, sites, names, batches, provenance=None, progress=None):
     Raises:
         CalibrationError: no batch at all, or layers that no batch reaches.
         StatisticsError: activations that are NaN or infinite.
+        ResourceError: more memory is needed than is free.
     """
+    collector = Collector(model, sites, names)
+    backward = bool(collector.of_gradients)
     accepted = inspect.signature(model.forward).parameters
     cheaper = {key: value for key, value in CHEAPER.items() if key in accepted}
+    if backward:
+        cheaper.pop("logits_to_keep", None)
     device = device_of(model)
-    collector = Collector(model, sites, names)
+    generator = torch.Generator(device).manual_seed(seed)
     training = model.training
     model.eval()
     count = 0
     try:
-        with torch.no_grad(), collector.watching():
+        with torch.set_grad_enabled(backward), _frozen(model), collector.watching():
             for batch in progress(batches) if progress else batches:
                 batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 collector.start_batch(batch)
-                model(**{**cheaper, **batch})
+                output = model(**{**cheaper, **batch})
+                if backward:
+                    fisher_loss(output, collector.masks.labelled(), generator).backward()
                 count += 1
     finally:
         model.train(training)

@@ -28,6 +28,7 @@ class Statistics:
         self.leaders = leaders
         self.provenance = provenance
         self._tensors = tensors
+        self._shapes = {(owner, name): t.shape for owner, found in tensors.items() for name, t in found.items()}
 
     def __contains__(self, module):
         return module in self.leaders
@@ -36,14 +37,13 @@ class Statistics:
         """`{statistic: tensor}` of `module` for the statistics in `names`."""
         if module not in self.leaders:
             raise StatisticsError(f"No statistics for {module}; they cover {_some(self.leaders)}.")
-        found = self._read(self.leaders[module])
-        missing = sorted(set(names) - set(found))
+        owners = {name: self._owner(module, name) for name in names}
+        missing = sorted(name for name, owner in owners.items() if owner is None)
         if missing:
             raise StatisticsError(
-                f"The statistics hold {sorted(found)} for {module}, but {missing} is needed; collect them again with "
-                "the method that is to use them."
+                f"The statistics hold no {missing} for {module}; collect them again with the method that needs them."
             )
-        return {name: found[name] for name in names}
+        return {name: self._read(owner, name) for name, owner in owners.items()}
 
     def check(self, shapes):
         """Raise [`StatisticsError`] unless every `{module: {statistic: shape}}` of `shapes` is covered and fits."""
@@ -53,15 +53,19 @@ class Statistics:
                 f"The statistics are of another model: they miss {len(missing)} of {len(shapes)} modules, such as "
                 f"{missing[0]}; they cover {_some(self.leaders)}. Collect them with the model they are meant for."
             )
-        known = self._shapes()
         for module, wanted in shapes.items():
             for name, shape in wanted.items():
-                found = known.get((self.leaders[module], name))
-                if found is None or tuple(found) != tuple(shape):
+                owner = self._owner(module, name)
+                found = None if owner is None else tuple(self._shapes[owner, name])
+                if found != tuple(shape):
                     raise StatisticsError(
                         f"The statistics are of another model or another method: `{name}` of {module} has shape "
-                        f"{None if found is None else tuple(found)}, but {tuple(shape)} is needed."
+                        f"{found}, but {tuple(shape)} is needed."
                     )
+
+    def _owner(self, module, name):
+        # Statistics of inputs stand under the module that leads those with the same input.
+        return next((owner for owner in (module, self.leaders[module]) if (owner, name) in self._shapes), None)
 
     def save(self, path):
         """Write everything to one safetensors file; the file appears only when it is complete."""
@@ -80,11 +84,8 @@ class Statistics:
         """Open a file written by [`Statistics.save`]; tensors are read when asked for."""
         return StatisticsFile(path)
 
-    def _read(self, leader):
-        return self._tensors[leader]
-
-    def _shapes(self):
-        return {(leader, name): t.shape for leader, found in self._tensors.items() for name, t in found.items()}
+    def _read(self, owner, name):
+        return self._tensors[owner][name]
 
 
 class StatisticsFile(Statistics):
@@ -95,7 +96,7 @@ class StatisticsFile(Statistics):
         try:
             with safe_open(self.path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("hf_lowrank", "{}"))
-                self._keys = list(file.keys())
+                shapes = {tuple(key.rsplit(":", 1)): file.get_slice(key).get_shape() for key in file.keys()}
         except (OSError, SafetensorError) as error:
             raise StatisticsError(f"Cannot read statistics from {self.path}: {error}") from error
         if header.get("format") != FORMAT or header.get("version") != VERSION:
@@ -103,28 +104,26 @@ class StatisticsFile(Statistics):
                 f"{self.path} is not a statistics file of version {VERSION} (it says {header.get('format')!r}, "
                 f"version {header.get('version')!r}); write one with hf_lowrank.collect_statistics(...).save(path)."
             )
-        super().__init__(header["leaders"], None, header["provenance"])
+        super().__init__(header["leaders"], {}, header["provenance"])
+        self._shapes = shapes
 
-    def _read(self, leader):
+    def _read(self, owner, name):
         with safe_open(self.path, "pt") as file:
-            prefix = f"{leader}:"
-            return {key[len(prefix) :]: file.get_tensor(key) for key in self._keys if key.startswith(prefix)}
-
-    def _shapes(self):
-        with safe_open(self.path, "pt") as file:
-            return {tuple(key.rsplit(":", 1)): file.get_slice(key).get_shape() for key in self._keys}
+            return file.get_tensor(f"{owner}:{name}")
 
     def save(self, path):
-        tensors = {leader: self._read(leader) for leader in set(self.leaders.values())}
+        tensors = {}
+        for owner, name in self._shapes:
+            tensors.setdefault(owner, {})[name] = self._read(owner, name)
         Statistics(self.leaders, tensors, self.provenance).save(path)
 
 
-def check_finite(leader, name, tensor):
-    """Raise if calibration produced NaN or infinity; the culprit is the layer in front of `leader`."""
+def check_finite(owner, name, tensor):
+    """Raise if calibration produced NaN or infinity at `owner`."""
     if not torch.isfinite(tensor).all():
         raise StatisticsError(
-            f"The calibration inputs of {leader} hold NaN or infinite values (seen in `{name}`); the model overflows "
-            "before that layer. Load it in float32 or bfloat16 for calibration, or check its weights and the data."
+            f"The calibration inputs or gradients of {owner} hold NaN or infinite values (seen in `{name}`); the "
+            "model overflows there. Load it in float32 or bfloat16 for calibration, or check its weights and the data."
         )
 
 

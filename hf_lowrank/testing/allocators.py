@@ -15,6 +15,7 @@ def make_candidates(shapes, rank_multiple=1):
             least_rank=1,
             cost=lambda rank, size=rows + columns: rank * size,
             break_even=-(-rows * columns // (rows + columns)),
+            curve=[(rows + columns) * 0.9**rank for rank in range(1, min(rows, columns) + 1)],
         )
         for i, (rows, columns) in enumerate(shapes)
     ]
@@ -24,7 +25,8 @@ def check_allocator(allocator):
     """Assert the laws of allocators on `allocator`, an instance.
 
     The budget is met from below, to within one rank step a weight; ranks are allowed ones; equal weights are treated
-    equally; a ratio of 1 leaves everything dense; more budget never gives a smaller total.
+    equally (an optimal allocator may break ties); a ratio of 1 leaves everything dense; more budget never gives a
+    smaller total.
     """
     shapes = [(64, 64), (48, 96), (96, 48), (64, 64)]
     for multiple in (1, 8):
@@ -47,5 +49,6 @@ def check_allocator(allocator):
             assert ratio * total - steps <= spent <= ratio * total
             assert spent >= spent_before
             spent_before = spent
-            assert ranks["layer.0"] == ranks["layer.3"]
+            if not allocator.needs_curves:
+                assert ranks["layer.0"] == ranks["layer.3"], "equal weights are treated equally"
         assert set(allocator.allocate(candidates, total).values()) == {None}

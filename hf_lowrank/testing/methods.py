@@ -21,7 +21,10 @@ class OnlyDeclared(dict):
 
 def make_statistics(method, rows, columns, **kwargs):
     """Random statistics of the kinds `method` declares."""
-    makers = {"input_gram": lambda: make_gram(columns, **kwargs)}
+    makers = {
+        "input_gram": lambda: make_gram(columns, **kwargs),
+        "gradient_gram": lambda: make_gram(rows, seed=2, **kwargs),
+    }
     unknown = set(method.statistics) - set(makers)
     assert not unknown, f"hf_lowrank.testing cannot make {unknown}; extend make_statistics"
     assert all(name in STATISTICS for name in method.statistics)
@@ -47,17 +50,16 @@ def check_method(method):
         assert curve.shape == (size,)
         total = method.error_curve(weight, stats)[0]
         assert (curve.diff() <= ATOL * total).all(), "the error must not rise with the rank"
-        gram = stats["input_gram"] if "input_gram" in stats else torch.eye(columns, dtype=weight.dtype)
-        zero_error = _objective(weight, gram)
+        zero_error = method.objective(weight, stats)
         for rank in (1, size // 2, size - 1):
             factors = method.factorize(weight, rank, stats)
             assert factors.left.shape == (rows, rank)
             assert factors.right.shape == (rank, columns)
-            achieved = _objective(weight - factors.left @ factors.right, gram)
+            achieved = method.objective(weight - factors.left @ factors.right, stats)
             torch.testing.assert_close(achieved, curve[rank - 1], rtol=1e-5, atol=1e-9 * float(zero_error))
             assert abs(factors.relative_error - float((achieved / zero_error).sqrt())) < 1e-4
             left, right, _ = truncated_svd(weight, rank)
-            assert achieved <= _objective(weight - left @ right, gram) * (1 + RTOL) + ATOL
+            assert achieved <= method.objective(weight - left @ right, stats) * (1 + RTOL) + ATOL
             again = method.factorize(weight, rank, stats)
             assert torch.equal(again.left, factors.left)
             assert torch.equal(again.right, factors.right)
@@ -71,7 +73,3 @@ def check_method(method):
         for dtype in (torch.float32, torch.bfloat16):
             factors = method.factorize(weight.to(dtype), size // 2, stats)
             assert factors.left.dtype == torch.float64
-
-
-def _objective(difference, gram):
-    return ((difference @ gram) * difference).sum()

@@ -239,5 +239,50 @@ def test_too_little_memory_is_said_before_it_is_used(monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 8 * 64 * 64))
     model, inputs = tiny_model("llama")
-    with pytest.raises(ResourceError, match="The statistics of the first 4 inputs need"):
+    with pytest.raises(ResourceError, match="The first 4 statistics need"):
         collect_statistics(model, [inputs()])
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "vit"])
+def test_gradient_gram_is_the_fisher_of_sampled_labels(name):
+    model, inputs = tiny_model(name)
+    statistics = collect_statistics(model, [inputs()], method="kfac_svd", seed=4)
+    outputs, handles = {}, []
+    for site in match_sites(model):
+
+        def keep(_, __, output, name=site.name):
+            output.retain_grad()
+            outputs[name] = output
+
+        handles.append(model.get_submodule(site.name).register_forward_hook(keep))
+    logits = model(**inputs()).logits.flatten(0, -2)
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+    for site in match_sites(model):
+        rows = outputs[site.name].grad.reshape(-1, site.out_features).double()
+        norms = rows.norm(dim=1, keepdim=True)
+        mean = norms[norms > 0].mean()
+        rows = torch.where(norms > 0, rows * norms.clamp(0.1 * mean, 10 * mean) / norms.clamp(min=1e-30), rows)
+        gram = statistics.get(site.name, ["gradient_gram"])["gradient_gram"]
+        torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-3, atol=1e-6 * float(gram.abs().max()) + 1e-12)
+
+
+def test_gradients_leave_the_model_as_it_was():
+    model, inputs = tiny_model("llama")
+    model.model.layers[0].requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    collect_statistics(model, [inputs()], method="kfac_svd")
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_gradients_reach_every_architecture(name):
+    model, inputs = tiny_model(name)
+    statistics = collect_statistics(model, [inputs()], method="kfac_svd")
+    for site in match_sites(model):
+        gram = statistics.get(site.name, ["gradient_gram"])["gradient_gram"]
+        assert gram.shape == (site.out_features, site.out_features)
+        # Llava reads the last but one vision layer: the last one does not matter to the loss.
+        assert (gram.diagonal().sum() > 0) == (not site.name.startswith("model.vision_tower.encoder.layers.1."))

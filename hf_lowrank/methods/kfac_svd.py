@@ -1,0 +1,82 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import ConfigError
+from ..linalg import output_optimal, psd_safe_cholesky, require_finite, shrink
+from .base import Factors, Method, register_method
+
+
+@register_method("kfac_svd")
+@dataclass(frozen=True)
+class KfacSVD(Method):
+    r"""Truncated SVD of the weight seen through its inputs and through the loss.
+
+    Minimises the second-order change of the loss, with the Fisher matrix approximated as a Kronecker product:
+
+        min_{rank r} tr(G (W - W') C (W - W')^T),    C = X^T X,    G = sum_t g_t g_t^T = R R^T,
+        M = R^T W,    U = eig_r(M C M^T),    left = R^-T U,    right = U^T M,
+        minimum = sum_{i > r} eig_i(M C M^T).
+
+    Errors of different layers are in the same unit, the loss, so that a global allocation may compare them. Where the
+    loss does not depend on a layer, G is zero and so is the error at every rank; ties are broken by the output error.
+
+    Args:
+        input_shrinkage (`float`, defaults to 0.1): fraction in [0, 1) by which C is shrunk to a multiple of the
+            identity.
+        grad_shrinkage (`float`, defaults to 0.3): the same for G.
+
+    Shapes:
+        weight `(out, in)`, statistics `input_gram` `(in, in)` and `gradient_gram` `(out, out)`, left `(out, r)`, right
+        `(r, in)`. Computed in float64.
+
+    Raises:
+        NonFiniteError: the weight or a statistic holds NaN or infinity.
+        NotPSDError: only without shrinkage, when G is singular beyond the jitter ladder.
+
+    Reference:
+        KFAC-SVD of LEMS (ICML 2026, lems-svd/lems), from memory; shrinkage values from there.
+        Differs: C is never inverted, G enters through one triangular solve.
+    """
+
+    statistics: ClassVar[tuple] = ("input_gram", "gradient_gram")
+    input_shrinkage: float = 0.1
+    grad_shrinkage: float = 0.3
+
+    def __post_init__(self):
+        for name in ("input_shrinkage", "grad_shrinkage"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"`{name}`={value!r} of kfac_svd must be in [0, 1).")
+
+    def factorize(self, weight, rank, stats):
+        image, root, gram = self._through(weight, stats)
+        left, right, energies = output_optimal(image, gram, rank)
+        energies = energies * self._matters(stats)
+        left = torch.linalg.solve_triangular(root.T, left, upper=True)
+        return Factors.from_energies(left, right, energies)
+
+    def objective(self, difference, stats):
+        image, _, gram = self._through(difference, stats)
+        return ((image @ gram) * image).sum() * self._matters(stats)
+
+    def error_curve(self, weight, stats):
+        image, _, gram = self._through(weight, stats)
+        energies = output_optimal(image, gram, 1)[2] * self._matters(stats)
+        return energies.sum() - energies.cumsum(0)
+
+    @staticmethod
+    def _matters(stats):
+        """1.0 if the loss depends on the layer at all, else 0.0."""
+        return float(stats["gradient_gram"].diagonal().any())
+
+    def _through(self, weight, stats):
+        """`(R^T W, R, C)`."""
+        require_finite(weight, "The weight")
+        gram = shrink(stats["input_gram"].double(), self.input_shrinkage)
+        gradients = stats["gradient_gram"].double()
+        if not self._matters(stats):
+            gradients = torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device)
+        root = psd_safe_cholesky(shrink(gradients, self.grad_shrinkage))
+        return root.T @ weight.double(), root, gram

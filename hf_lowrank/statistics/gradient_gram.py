@@ -1,0 +1,45 @@
+import torch
+
+from ._gram import Gram
+from .base import Statistic, register_statistic
+
+
+# A token's gradient counts as at least 0.1 and at most 10 times the mean norm of its batch.
+CLIP = (0.1, 10.0)
+
+
+@register_statistic("gradient_gram")
+class GradientGram(Gram, Statistic):
+    r"""Second moment of the loss gradients at a layer's outputs, one gradient a token.
+
+        G = sum_t g_t g_t^T,    g_t = d loss / d y_t `(out,)`
+
+    The loss is the negative log-likelihood of labels drawn from the model's own predictions, so that G estimates the
+    output side of the Kronecker-factored Fisher matrix and not the fit to some text. Norms are clipped to
+    [0.1, 10] times the mean norm of the batch: a few tokens would otherwise decide.
+
+    Shapes:
+        result `(out, out)`, symmetric, float64.
+
+    Reference:
+        Martens and Grosse, K-FAC, ICML 2015, https://arxiv.org/abs/1503.05671. The clipping follows LEMS (ICML 2026),
+        from memory; it also drops the first and last eighth of the tokens, which is not done here.
+    """
+
+    of_gradients = True
+
+    @staticmethod
+    def shape(out_features, in_features):
+        return (out_features, out_features)
+
+    def update(self, rows):
+        rows = rows.float()
+        norms = rows.norm(dim=1)
+        positive = norms > 0
+        if not positive.any():
+            return
+        mean = norms[positive].mean()
+        clipped = norms.clamp(CLIP[0] * mean, CLIP[1] * mean)
+        # A gradient of exactly zero has no direction to scale.
+        scale = torch.where(positive, clipped / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0)
+        super().update(rows * scale[:, None])
