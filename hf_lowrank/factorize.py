@@ -1,5 +1,6 @@
 """The verb: match -> (collect) -> allocate -> factorize -> replace, the only place that knows the order."""
 
+import logging
 import math
 import re
 from contextlib import contextmanager
@@ -10,8 +11,12 @@ import torch
 from .allocation import Candidate
 from .errors import LowRankError, RankError, TargetError
 from .formats import FORMATS, check_rank
+from .linalg import require_finite
 from .recipe import DENSE
 from .surgery import match_sites
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,7 +91,24 @@ def make_plan(model, recipe, available=None, curves=None):
             dense.append(site.name)
         else:
             chosen[site.name] = rank
+    if not chosen:
+        logger.warning("Nothing becomes smaller: all %d targets stay dense at this budget.", len(dense))
+    _warn_if_over(recipe, [candidates[site.name] for site in sites if site.name not in fixed], chosen)
     return Plan({site.name: site for site in sites if site.name in chosen}, chosen, dense)
+
+
+def _warn_if_over(recipe, free, chosen):
+    total = sum(candidate.dense_cost for candidate in free)
+    budget = recipe.target_params if recipe.target_params is not None else (recipe.param_ratio or 1) * total
+    kept = sum(c.cost(chosen[c.name]) if c.name in chosen else c.dense_cost for c in free)
+    if free and kept > budget:
+        logger.warning(
+            "The budget is %d parameters, but even the smallest allowed ranks keep %d of %d; lower `rank_multiple` or "
+            "raise the budget.",
+            budget,
+            kept,
+            total,
+        )
 
 
 def factorize_site(site, weight, rank, recipe, statistics, dtype):
@@ -111,8 +133,10 @@ def factorize_site(site, weight, rank, recipe, statistics, dtype):
     with _naming(site):
         stats = _stats_of(site, recipe, statistics, device)
         factors = [recipe.method.factorize(copy.to(device), rank, stats) for copy in weight]
-    error = (sum(f.relative_error**2 for f in factors) / len(factors)) ** 0.5
-    tensors = site.kind.tensors(site, FORMATS[recipe.format], factors, dtype)
+        error = (sum(f.relative_error**2 for f in factors) / len(factors)) ** 0.5
+        tensors = site.kind.tensors(site, FORMATS[recipe.format], factors, dtype)
+        for name, tensor in tensors.items():
+            require_finite(tensor, f"{name} in {dtype}")
     return {name: tensor.to(weight.device) for name, tensor in tensors.items()}, error
 
 
@@ -178,9 +202,9 @@ def _check_multiple(site, rank):
 def _fixed_ranks(sites, rank_pattern):
     used, fixed = set(), {}
     for site in sites:
+        used.update(key for key in rank_pattern if _hits(key, site.name))
         key = _pattern_for(site.name, rank_pattern)
         if key is not None:
-            used.add(key)
             fixed[site.name] = rank_pattern[key]
     unused = sorted(set(rank_pattern) - used)
     if unused:
@@ -192,5 +216,9 @@ def _fixed_ranks(sites, rank_pattern):
 
 
 def _pattern_for(name, rank_pattern):
+    return next((key for key in rank_pattern if _hits(key, name)), None)
+
+
+def _hits(key, name):
     # PEFT's rule for `rank_pattern`: a key matches from any dot to the end of the name; the first match counts.
-    return next((key for key in rank_pattern if re.match(rf"(.*\.)?({key})$", name)), None)
+    return re.match(rf"(.*\.)?({key})$", name) is not None

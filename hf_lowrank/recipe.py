@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass, field, fields
 
+import torch
+
 from .allocation import ALLOCATORS
 from .errors import ConfigError
 from .formats import FORMATS
@@ -66,6 +68,11 @@ class Recipe:
         self._check_patterns()
         if not _is_int(self.rank_multiple, 1):
             raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
+        if self.compute_device is not None:
+            try:
+                torch.empty(0, device=self.compute_device)
+            except (RuntimeError, AssertionError, TypeError) as error:
+                raise ConfigError(f"`compute_device`={self.compute_device!r} cannot be used here: {error}") from error
         if not _is_int(self.seed, 0):
             raise ConfigError(f"`seed`={self.seed!r} must be an integer of at least 0.")
 
@@ -106,6 +113,8 @@ class Recipe:
         if not isinstance(self.rank_pattern, dict):
             raise ConfigError(f"`rank_pattern`={self.rank_pattern!r} must be a dict from module names to ranks.")
         for pattern, rank in self.rank_pattern.items():
+            if not isinstance(pattern, str):
+                raise ConfigError(f"`rank_pattern` key {pattern!r} must be a module name, a suffix or an expression.")
             try:
                 re.compile(pattern)
             except re.error as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from .errors import ConfigError, TargetError
+from .errors import ConfigError, RankError, TargetError
 from .formats import FORMATS, FormatLinear
 
 
@@ -63,7 +63,9 @@ class LinearKind:
 
     def matches(self, module):
         """Whether `module` is of this kind and still dense."""
-        return type(module) is self.cls and module.weight is not None and module.weight.ndim == 2
+        # A weight that is computed (weight norm, parametrizations) is not the module's own.
+        weight = module._parameters.get("weight") if type(module) is self.cls else None
+        return weight is not None and weight.ndim == 2
 
     def sites(self, name, module):
         """The sites in `module`, which is called `name`."""
@@ -88,15 +90,19 @@ class LinearKind:
 
     def skeleton(self, model, site, spec, dtype):
         """Put an empty module in the format `spec` describes, on the meta device, into `model`."""
-        layer = FORMATS[spec["format"]].from_spec(
-            spec,
-            site.in_features,
-            site.out_features,
-            site.bias,
-            transposed=self.transposed,
-            device="meta",
-            dtype=dtype,
-        )
+        format = FORMATS[spec["format"]]
+        try:
+            layer = format.from_spec(
+                spec,
+                site.in_features,
+                site.out_features,
+                site.bias,
+                transposed=self.transposed,
+                device="meta",
+                dtype=dtype,
+            )
+        except RankError as error:
+            raise RankError(f"{site.name}: {error}") from error
         layer.relative_error = spec.get("relative_error")
         layer.train(model.get_submodule(site.name).training)
         model.set_submodule(site.name, layer)
@@ -140,6 +146,10 @@ class LinearKind:
         layer = model.get_submodule(name)
         return [p for key, p in layer.named_parameters() if key != layer.bias_name]
 
+    def parameter_names(self, model, name):
+        """Full names of everything a factorized site stores, bias included."""
+        return [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
+
     def dense_shape(self, model, name):
         """`(copies, out, in)` of a factorized site."""
         layer = model.get_submodule(name)
@@ -150,7 +160,8 @@ class LinearKind:
         layer = model.get_submodule(name)
         weight = layer.weight.materialize()
         dense = self.empty(layer.in_features, layer.out_features, layer.bias is not None)
-        dense.weight = nn.Parameter(weight.contiguous())
+        trainable = any(p.requires_grad for p in self.parameters(model, name))
+        dense.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trainable)
         if layer.bias is not None:
             dense.bias = layer.bias
         dense.train(layer.training)
@@ -165,7 +176,9 @@ class LinearKind:
         """While open, call `observe(site_name, inputs, outputs)` when one of the sites, all of one module, runs."""
         module = model.get_submodule(sites[0].name)
         # The hook must return None: anything else would replace the output.
-        handle = module.register_forward_hook(lambda _, args, output: observe(sites[0].name, args[0], output))
+        handle = module.register_forward_hook(
+            lambda _, args, kwargs, output: observe(sites[0].name, *args, *kwargs.values(), output), with_kwargs=True
+        )
         try:
             yield
         finally:
@@ -213,15 +226,22 @@ def factorized(model):
     return found
 
 
+def tied_weights(model):
+    """Names of parameters that stand for more than one: declared by transformers, or the same object twice."""
+    declared = getattr(model, "all_tied_weights_keys", None) or {}
+    paths = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(name)
+    twice = {name for names in paths.values() if len(names) > 1 for name in names}
+    return {*declared.keys(), *declared.values()} | twice
+
+
 def default_exclusions(model):
     """Names that `"all-linear"` leaves alone: embeddings' linears, output heads, and tied weights.
 
     A head is the output embedding and, where a model declares its base (`base_model_prefix`), every linear outside it.
     """
-    names = set()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for key in (*tied.keys(), *tied.values()):
-        names.add(key.removesuffix(".weight"))
+    names = {key.removesuffix(".weight") for key in tied_weights(model)}
     prefix = getattr(model, "base_model_prefix", "")
     base = getattr(model, prefix, None) if prefix else None
     outside = isinstance(base, nn.Module)
@@ -243,7 +263,7 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
     """The sites a configuration asks for.
 
     Args:
-        model (`torch.nn.Module`): any module; a linear at its root is found too.
+        model (`torch.nn.Module`): any module that has linears inside.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
             and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.
         exclude_modules (`str` or `list[str]`, *optional*): what to leave out of these, by the same rule.
@@ -253,6 +273,10 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
     """
     sites = all_sites(model)
     names = [site.name for site in sites]
+    if "" in names:
+        raise TargetError(
+            "The model is itself a linear layer; put it into a module, such as torch.nn.Sequential(layer)."
+        )
     for argument, pattern in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         for entry in [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern or ()]:
             if entry != "all-linear" and not any(_hits(entry, name, argument) for name in names):
@@ -265,9 +289,9 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
         sites = [site for site in sites if site.name not in skip]
     else:
         sites = [site for site in sites if _hits(target_modules, site.name, "target_modules")]
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        tied = tied_weights(model)
         for site in sites:
-            if site.weight_name in tied.keys() | tied.values():
+            if site.weight_name in tied:
                 raise TargetError(
                     f"`target_modules` names {site.name}, whose weight is tied to another module; untie it first "
                     "(`tie_word_embeddings=False`), or leave it out."

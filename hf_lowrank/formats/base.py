@@ -13,6 +13,11 @@ FORMATS = Registry("format")
 register_format = FORMATS.register
 
 
+# What a DenseView answers without forming the product: attributes (shape, dtype, device) and sizes.
+CHEAP = {"__get__", "size", "dim", "numel", "element_size", "is_floating_point", "stride", "__len__"}
+WRITES = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__delete__"}
+
+
 class DenseView(torch.Tensor):
     """A read-only stand-in for the dense weight of a factorized layer.
 
@@ -49,6 +54,18 @@ class DenseView(torch.Tensor):
 
     def __repr__(self):
         return f"DenseView(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        # Above autograd: gradients reach the factors through whatever is computed from the weight.
+        name = getattr(func, "__name__", "")
+        if name in CHEAP:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if name in WRITES or (name.endswith("_") and not name.endswith("__")):
+            raise RuntimeError(f"{name} would write into the computed weight of a factorized layer and be lost.")
+        values = torch.utils._pytree.tree_map_only(cls, cls.materialize, (args, kwargs or {}))
+        return func(*values[0], **values[1])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

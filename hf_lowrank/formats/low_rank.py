@@ -48,7 +48,7 @@ class LowRankLinear(FormatLinear):
 
     @classmethod
     def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
-        return cls(in_features, out_features, spec["rank"], bias=bias, **kwargs)
+        return cls(in_features, out_features, spec.get("rank"), bias=bias, **kwargs)
 
     @classmethod
     def from_factors(cls, factors, bias=None, dtype=None, transposed=False):

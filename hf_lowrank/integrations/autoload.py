@@ -52,5 +52,5 @@ class Finder:
 def install():
     """Put the finder in front, once, unless the user opted out or transformers is there already."""
     off = os.environ.get("HF_LOWRANK_AUTOLOAD", "1").lower() in ("0", "false", "off", "no")
-    if not off and TARGET not in sys.modules and not any(type(f).__name__ == "Finder" for f in sys.meta_path):
+    if not off and TARGET not in sys.modules and not any(isinstance(finder, Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder())

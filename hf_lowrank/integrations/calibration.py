@@ -28,7 +28,7 @@ class Calibration:
         data: what `calibration` of [`LowRankConfig`] accepts. Defaults to `"self"`.
         samples (`int`, defaults to 24): sequences, of text or sampled from the model.
         length (`int`, defaults to 512): tokens a sequence.
-        batch_size (`int`, defaults to 8): sequences a forward pass.
+        batch_size (`int`, defaults to 4): sequences a calibration pass; eight times as many are sampled at once.
         temperature (`float`, defaults to 1.0): of sampling from the model, above 0.
         split (`str`, defaults to `"train"`): of a data set id.
         text_column (`str`, defaults to `"text"`): of a data set or `.jsonl` file.
@@ -37,7 +37,7 @@ class Calibration:
     data: object = SELF
     samples: int = 24
     length: int = 512
-    batch_size: int = 8
+    batch_size: int = 4
     temperature: float = 1.0
     split: str = "train"
     text_column: str = "text"
@@ -88,13 +88,16 @@ def check_calibration(calibration, model):
         )
     if isinstance(data, str) and data == SELF and not _is_causal(model):
         raise CalibrationError(
-            f"`calibration`='self' samples text from a causal language model, which {type(model).__name__} is not; "
-            "give texts, batches (a list of dicts or a dataloader), a data set id or a statistics file, or use "
+            f"`calibration`='self' samples text from a causal language model, which {type(model).__name__} is not "
+            "(or not only); give texts, batches (a list of dicts or a dataloader), a data set id or a statistics file, or use "
             "`method='svd'`, which needs no data."
         )
-    if isinstance(data, str) and data != SELF and data.endswith((".jsonl", ".txt")) and not os.path.exists(data):
-        raise CalibrationError(f"`calibration`={data!r} does not exist.")
     is_text = isinstance(data, (str, os.PathLike)) or _are_texts(data)
+    path = os.fspath(data) if isinstance(data, (str, os.PathLike)) else ""
+    if path.endswith((".jsonl", ".txt")) and not os.path.exists(path):
+        raise CalibrationError(f"`calibration`={path!r} does not exist.")
+    if is_text and not hasattr(model, "config"):
+        raise CalibrationError(f"`calibration` is text, which {type(model).__name__} cannot read; give batches.")
     if is_text and data != SELF and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise CalibrationError(
             f"`calibration` is text, and {type(model).__name__} needs inputs for its decoder too; give batches (a "
@@ -124,7 +127,7 @@ def make_batches(calibration, model, tokenizer, seed):
     elif _are_texts(data):
         texts, name = data, f"{len(data)} texts"
     else:
-        return _checked_batches(data), {"data": "batches"}
+        return [data] if isinstance(data, Mapping) else data, {"data": "batches"}
     batches, digest = _text_batches(texts, tokenizer(), calibration, model)
     return batches, {**_sizes(calibration), "data": name, "sha256": digest}
 
@@ -154,7 +157,9 @@ def _sizes(calibration):
 def _is_causal(model):
     if not hasattr(model, "can_generate") or not model.can_generate():
         return False
-    return not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+    # A model that also reads images or sound has layers which text never reaches.
+    text_only = model.config.get_text_config() is model.config
+    return text_only and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
 
 
 def _read_texts(path, calibration):
@@ -231,13 +236,3 @@ def _max_length(model):
 
 def _blocks(sequences, calibration):
     return [{"input_ids": block} for block in sequences.split(calibration.batch_size)]
-
-
-def _checked_batches(batches):
-    for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"A calibration batch is a {type(batch).__name__}, not a dict of the model's inputs; give texts, or "
-                "dicts as a tokenizer or processor makes them."
-            )
-        yield dict(batch)

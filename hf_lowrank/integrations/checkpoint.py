@@ -1,5 +1,7 @@
 """What a checkpoint holds, read from file headers: no weight is touched."""
 
+from pickle import UnpicklingError
+
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -23,7 +25,7 @@ def stored_keys(files):
                         found[key] = tuple(file.get_slice(key).get_shape())
             else:
                 found.update({key: tuple(t.shape) for key, t in load_state_dict(path, map_location="meta").items()})
-        except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+        except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
             raise CheckpointError(f"Cannot read {path}: {error}. Download or copy the file again.") from error
     return found
 

@@ -1,5 +1,6 @@
 """`LowRankConfig`: a [`Recipe`] that transformers carries through `from_pretrained` and writes into config.json."""
 
+import copy
 from dataclasses import dataclass, field, fields
 
 from transformers.quantizers.auto import register_quantization_config
@@ -36,7 +37,14 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """From the JSON of a checkpoint, or from a dict of constructor arguments (which has no `modules`)."""
         options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "version")}
-        if "modules" not in options:
+        _check_modules(options.get("modules"))
+        if not options.get("modules"):
+            # Constructor arguments, or what `to_dict` makes of a configuration that is yet to be carried out.
+            options.pop("modules", None)
+            options = {**(options.pop("recipe", None) or {}), **options}
+            if isinstance(options.get("calibration"), dict):
+                # A record of calibration data, not the data.
+                del options["calibration"]
             unknown = sorted(set(options) - {f.name for f in fields(Recipe)})
             if unknown:
                 raise ConfigError(
@@ -50,8 +58,22 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
                     f"This checkpoint has lowrank config version {version!r}, this hf_lowrank reads version "
                     f"{VERSION}; upgrade it with `pip install -U hf-lowrank`."
                 )
-            config = cls(modules=_checked(options["modules"]), recipe=options.get("recipe") or {})
+            config = cls(modules=options["modules"], recipe=options.get("recipe") or {}, calibration=None)
         return (config, kwargs) if return_unused_kwargs else config
+
+    def __deepcopy__(self, memo):
+        # transformers copies configs at will; calibration data may be large, or a generator, which cannot be copied.
+        memo[id(self.calibration)] = self.calibration
+        twin = copy.copy(self)
+        for f in fields(self):
+            setattr(twin, f.name, copy.deepcopy(getattr(self, f.name), memo))
+        return twin
+
+    def again(self):
+        """A copy to carry out on a model; a configuration out of a checkpoint becomes the recipe it records."""
+        if self.recipe is None:
+            return copy.copy(self)
+        return LowRankConfig.from_dict({"recipe": self.recipe})
 
     def to_dict(self):
         return {
@@ -73,13 +95,14 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
 LowRankConfig.__doc__ += Recipe.__doc__.partition("\n")[2]
 
 
-def _checked(modules):
+def _check_modules(modules):
+    if modules is None:
+        return
     if not isinstance(modules, dict):
         raise CheckpointError(f"`modules` of the checkpoint's lowrank config is {type(modules).__name__}, not a dict.")
     for name, spec in modules.items():
-        if not isinstance(spec, dict) or spec.get("format") not in FORMATS:
+        if not isinstance(spec, dict) or spec.get("format") not in FORMATS.names():
             raise CheckpointError(
                 f"The checkpoint stores {name} as {spec!r}; this hf_lowrank knows the formats {FORMATS.names()}. "
                 "A newer version may know it: `pip install -U hf-lowrank`."
             )
-    return modules

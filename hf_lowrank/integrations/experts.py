@@ -5,6 +5,7 @@ parameter name. Factors are therefore sibling parameters, `<name>_left` `(E, out
 not sub-modules, and the module's class is exchanged for a subclass with a factorized forward.
 """
 
+import functools
 from contextlib import contextmanager
 
 import torch
@@ -139,6 +140,9 @@ class ExpertsKind(LinearKind):
         module, projection = _owner(model, name)
         return [getattr(module, f"{projection}_left"), getattr(module, f"{projection}_right")]
 
+    def parameter_names(self, model, name):
+        return [f"{name}_left", f"{name}_right"]
+
     def set_error(self, model, name, error):
         module, projection = _owner(model, name)
         module.lowrank_sites[projection] = error
@@ -151,11 +155,12 @@ class ExpertsKind(LinearKind):
         module, projection = _owner(model, name)
         left, right = (getattr(module, f"{projection}_{side}").detach() for side in ("left", "right"))
         wide = torch.promote_types(left.dtype, torch.float32)
+        trainable = getattr(module, f"{projection}_left").requires_grad
         dense = torch.stack([(a.to(wide) @ b.to(wide)).to(left.dtype) for a, b in zip(left, right, strict=True)])
         if module.is_transposed:
             dense = dense.transpose(1, 2).contiguous()
         del module._parameters[f"{projection}_left"], module._parameters[f"{projection}_right"]
-        module.register_parameter(projection, nn.Parameter(dense))
+        module.register_parameter(projection, nn.Parameter(dense, requires_grad=trainable))
         del module.lowrank_sites[projection]
         if not module.lowrank_sites:
             module.__class__ = type(module).__bases__[0]
@@ -195,10 +200,24 @@ def _owner(model, name):
     return model.get_submodule(owner), projection
 
 
+@functools.cache
+def _low_rank_class(cls):
+    """The subclass of an experts class that runs on factors; made on demand, so that copies name its base."""
+
+    def reduce(self, protocol):
+        return _revive, (cls,), self.__dict__
+
+    return type(f"LowRank{cls.__name__}", (cls,), {"forward": _low_rank_forward, "__reduce_ex__": reduce})
+
+
+def _revive(cls):
+    low_rank = _low_rank_class(cls)
+    return low_rank.__new__(low_rank)
+
+
 def _mark(module, projection, kind, error):
     if not hasattr(module, "lowrank_sites"):
-        cls = type(module)
-        module.__class__ = type(f"LowRank{cls.__name__}", (cls,), {"forward": _low_rank_forward})
+        module.__class__ = _low_rank_class(type(module))
         module.lowrank_sites = {}
         module.lowrank_kind = kind
         # Initialisation code of models reads the dense parameters, which are gone; the factors are never random.

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 from ..factorize import make_plan
+from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer, saved_statistics
 from .config import QUANT_METHOD, LowRankConfig
 from .quantizer import Session
@@ -18,7 +19,15 @@ from .verbs import collect_for
 
 
 # Arguments that say where a repository is; the tokenizer is looked for in the same place.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
 
 
 def install_keyword():
@@ -43,7 +52,7 @@ def _requested(lowrank_config, kwargs):
     other = kwargs.get("quantization_config")
     if lowrank_config is None:
         if isinstance(other, LowRankConfig):
-            return copy.deepcopy(other)
+            return other.again()
         if isinstance(other, dict) and other.get("quant_method") == QUANT_METHOD:
             return LowRankConfig.from_dict(other)
         return None
@@ -55,7 +64,7 @@ def _requested(lowrank_config, kwargs):
         return LowRankConfig.from_dict(lowrank_config)
     if not isinstance(lowrank_config, LowRankConfig):
         raise ConfigError(f"`lowrank_config` must be a LowRankConfig or a dict, not {type(lowrank_config).__name__}.")
-    return copy.deepcopy(lowrank_config)
+    return lowrank_config.again()
 
 
 def _load(load, cls, config, args, kwargs):
@@ -66,13 +75,17 @@ def _load(load, cls, config, args, kwargs):
             "load it without `lowrank_config`, then call hf_lowrank.factorize(model, config)."
         )
     session = config.session = Session(
-        key_mapping=kwargs.get("key_mapping"), offload_folder=kwargs.get("offload_folder")
+        key_mapping=kwargs.get("key_mapping"),
+        offload_folder=kwargs.get("offload_folder"),
+        given_keys=None if kwargs.get("state_dict") is None else list(kwargs["state_dict"]),
     )
+    # Data does not belong into a config, which is copied at will and kept with the model.
+    calibration, config.calibration = as_calibration(config.calibration), None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_removing_new_files(session.offload_folder))
         if not _is_quantized(cls, args, kwargs):
             if config.needs_statistics:
-                _calibrate(load, cls, config, args, kwargs, stack)
+                _calibrate(load, cls, config, calibration, args, kwargs, stack)
             if config.allocation.needs_curves and config.rank is None:
                 _measure(load, config, args, kwargs)
         return _load_once(load, session, args, kwargs)
@@ -107,7 +120,8 @@ def _removing_new_files(folder):
     finally:
         if not done and folder is not None and os.path.isdir(folder):
             for name in set(os.listdir(folder)) - before:
-                os.remove(os.path.join(folder, name))
+                if name.endswith(".safetensors"):
+                    os.remove(os.path.join(folder, name))
 
 
 def _model_config(cls, args, kwargs):
@@ -123,7 +137,7 @@ def _hub_arguments(kwargs):
 
 
 def _path(args, kwargs):
-    return args[0] if args else kwargs["pretrained_model_name_or_path"]
+    return args[0] if args else kwargs.get("pretrained_model_name_or_path")
 
 
 def _is_quantized(cls, args, kwargs):
@@ -131,16 +145,15 @@ def _is_quantized(cls, args, kwargs):
     return getattr(_model_config(cls, args, kwargs), "quantization_config", None) is not None
 
 
-def _calibrate(load, cls, config, args, kwargs, stack):
+def _calibrate(load, cls, config, calibration, args, kwargs, stack):
     """Put statistics into the session: read them, or run the dense model over the calibration data and free it."""
-    calibration = as_calibration(config.calibration)
     config.session.statistics = saved_statistics(calibration, kwargs.get("token"))
     if config.session.statistics is not None:
         config.session.provenance = config.session.statistics.provenance
         return
     with torch.device("meta"):
         skeleton = cls(copy.deepcopy(_model_config(cls, args, kwargs)))
-    make_plan(skeleton, config)
+    targets = set(make_plan(skeleton, config).sites)
     check_calibration(calibration, skeleton)
     del skeleton
 
@@ -153,6 +166,7 @@ def _calibrate(load, cls, config, args, kwargs, stack):
     if config.session.offload_folder is not None:
         dense_kwargs["offload_folder"] = os.path.join(folder, "offload")
     model = load(*args, **dense_kwargs)
-    statistics = collect_for(model, config, calibration, tokenizer)
+    sites = [site for site in all_sites(model) if site.name in targets]
+    statistics = collect_for(model, sites, config, calibration, tokenizer)
     config.session.statistics = statistics
     config.session.provenance = statistics.provenance

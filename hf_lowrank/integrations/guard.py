@@ -33,7 +33,9 @@ def install_guard(quant_method):
     # transformers drops `transformers_weights` from a config it saves, so that it has to be added at the file itself.
     @functools.wraps(original)
     def to_json_file(self, json_file_path, use_diff=True):
-        if getattr(getattr(self, "quantization_config", None), "quant_method", None) != quant_method:
+        described = getattr(self, "quantization_config", None) or {}
+        named = described.get("quant_method") if isinstance(described, dict) else described.quant_method
+        if named != quant_method:
             return original(self, json_file_path, use_diff=use_diff)
         content = json.loads(self.to_json_string(use_diff=use_diff))
         content["transformers_weights"] = GUARD

@@ -3,6 +3,7 @@
 import functools
 
 import torch.distributed as dist
+from transformers import PreTrainedModel
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.distributed.utils import is_dtensor
 
@@ -62,31 +63,37 @@ def local_part(model, name, tensor):
     return DtensorShardOperation(reference).shard_tensor(tensor, device=tensor.device, dtype=tensor.dtype)
 
 
-def rewrite_parallel_plan(model):
-    """Make `model` expand its tensor-parallel plan for factorized layers as well; the plan itself keeps its keys."""
-    if not hasattr(model, "_expand_parallel_plan"):
+def install_parallel_plans():
+    """Make models expand their tensor-parallel plan for factorized layers as well; idempotent.
+
+    The plan itself keeps its keys, which other code reads.
+    """
+    original = PreTrainedModel._expand_parallel_plan
+    if hasattr(original, "lowrank_plans"):
         return
-    expand = model._expand_parallel_plan
 
-    @functools.wraps(expand)
-    def expand_parallel_plan(plan):
-        expanded = expand(plan)
-        for name in factorized(model):
-            style = expanded.pop(name, None)
-            for key in [key for key in expanded if key.startswith(f"{name}.")]:
-                style = style or expanded[key]
-                del expanded[key]
-            if style is None:
-                continue
-            if style not in STYLES:
-                raise ConfigError(
-                    f"Tensor parallelism of {name} has style {style!r}; factorized layers can be split "
-                    f"{sorted(STYLES)}. Leave it dense with `exclude_modules`."
-                )
-            rewritten = STYLES[style](name)
-            parameters = {key for key, _ in model.get_submodule(name).named_parameters(prefix=name)}
-            modules = {f"{name}.left", f"{name}.right"}
-            expanded.update({key: value for key, value in rewritten.items() if key in parameters | modules})
-        return expanded
+    @functools.wraps(original)
+    def expand_parallel_plan(self, plan):
+        return _for_factors(self, original(self, plan))
 
-    model._expand_parallel_plan = expand_parallel_plan
+    expand_parallel_plan.lowrank_plans = True
+    PreTrainedModel._expand_parallel_plan = expand_parallel_plan
+
+
+def _for_factors(model, expanded):
+    for name in factorized(model):
+        style = expanded.pop(name, None)
+        for key in [key for key in expanded if key.startswith(f"{name}.")]:
+            style = style or expanded[key]
+            del expanded[key]
+        if style is None:
+            continue
+        if style not in STYLES:
+            raise ConfigError(
+                f"Tensor parallelism of {name} has style {style!r}; factorized layers can be split {sorted(STYLES)}. "
+                "Leave it dense with `exclude_modules`."
+            )
+        parameters = {key for key, _ in model.get_submodule(name).named_parameters(prefix=name)}
+        existing = parameters | {f"{name}.left", f"{name}.right"}
+        expanded.update({key: value for key, value in STYLES[style](name).items() if key in existing})
+    return expanded

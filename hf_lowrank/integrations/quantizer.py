@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -15,11 +16,10 @@ from ..errors import CalibrationError, CheckpointError, ResourceError
 from ..factorize import make_plan
 from ..formats import FORMATS
 from ..statistics import STATISTICS
-from ..surgery import all_sites, specs
+from ..surgery import all_sites, factorized, specs
 from .checkpoint import parameter_names, stored_keys
 from .config import QUANT_METHOD
 from .guard import remove_guard
-from .parallel import rewrite_parallel_plan
 from .progress import Progress
 from .streaming import Factorize
 
@@ -31,6 +31,7 @@ class Session:
     Args:
         statistics ([`Statistics`], *optional*): for methods that need them.
         key_mapping (`dict`, *optional*): as given to `from_pretrained`.
+        given_keys (`list`, *optional*): of the `state_dict` given to `from_pretrained` in place of files.
         offload_folder (`str`, *optional*): as given to `from_pretrained`.
         curves (`dict`, *optional*): error curves by site, for allocators that need them.
         measuring (`bool`): whether this pass collects `curves` and throws the model away.
@@ -40,6 +41,7 @@ class Session:
 
     statistics: object = None
     key_mapping: dict | None = None
+    given_keys: list | None = None
     offload_folder: str | None = None
     curves: dict | None = None
     measuring: bool = False
@@ -99,50 +101,82 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
         if self.pre_quantized:
-            self._build_from_modules(model)
+            self._build_from_modules(model, checkpoint_files)
         else:
             self._build_placeholders(model, checkpoint_files)
             self._check_offload(device_map)
             self.progress = Progress(len(self.plan.sites), "Measuring" if self.session.measuring else "Factorizing")
-        rewrite_parallel_plan(model)
 
-    def _build_from_modules(self, model):
+    def _stored_names(self, model, checkpoint_files):
+        """Parameters of `model` that the checkpoint holds, by their names in the model; `None` if nobody can tell."""
+        keys = self.session.given_keys if not checkpoint_files else stored_keys(checkpoint_files)
+        return None if keys is None else parameter_names(model, keys, self.session.key_mapping)
+
+    def _build_from_modules(self, model, checkpoint_files):
         sites = {site.name: site for site in all_sites(model)}
+        dense_names = self._stored_names(model, checkpoint_files)
         found = {}
-        for name, spec in self.quantization_config.modules.items():
+        modules = self.quantization_config.modules or {}
+        for name, spec in modules.items():
             site = sites.get(_in_model(name, sites, model.base_model_prefix))
             if site is not None:
                 found[site.name] = spec
         if not found:
             raise CheckpointError(
-                f"None of the {len(self.quantization_config.modules)} factorized modules of the checkpoint is in "
+                f"None of the {len(modules)} factorized modules of the checkpoint is in "
                 f"{type(model).__name__}; it was saved from another architecture."
             )
         for name, spec in found.items():
             sites[name].kind.skeleton(model, sites[name], spec, _dtype(model, sites[name]))
+        if dense_names is not None:
+            self._check_complete(model, {n: s for n, s in sites.items() if n not in found}, checkpoint_files)
+
+    def _check_complete(self, model, dense_sites, checkpoint_files):
+        """Refuse a checkpoint that lacks a factor, or that holds factors its config does not mention."""
+        names = self._stored_names(model, checkpoint_files)
+        missing = sorted(
+            name
+            for site, kind in factorized(model).items()
+            for name in kind.parameter_names(model, site)
+            if name not in names
+        )
+        stray = sorted(
+            site.name
+            for site in dense_sites.values()
+            if site.weight_name not in names
+            and any(name.startswith((f"{site.name}.", f"{site.name}_")) for name in names)
+        )
+        if missing or stray:
+            raise CheckpointError(
+                f"The checkpoint is damaged: its config and its weights do not agree on {(missing or stray)[0]}"
+                f" ({len(missing)} factors are missing, {len(stray)} layers are factorized in the weights only). "
+                "Download or save it again."
+            )
 
     def _build_placeholders(self, model, checkpoint_files):
         config = self.quantization_config
-        available = None
-        if checkpoint_files:
-            names = parameter_names(model, stored_keys(checkpoint_files), self.session.key_mapping)
-            available = lambda site: site.weight_name in names  # noqa: E731
+        names = self._stored_names(model, checkpoint_files)
+        available = None if names is None else (lambda site: site.weight_name in names)
         self.plan = make_plan(model, config, available, None if self.session.measuring else self.session.curves)
         if config.needs_statistics:
             if self.session.statistics is None:
                 raise CalibrationError(
-                    f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration`="
-                    f"{config.calibration!r} gives none; pass data, saved statistics, or `method='svd'`."
+                    f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
+                    f"gives none; pass data, saved statistics, or `method='svd'`."
                 )
             self.session.statistics.check(statistics_shapes(self.plan.sites.values(), config.method.statistics))
         config.modules = self.plan.specs(config.format)
         config.recipe = {**config.to_json(), "calibration": self.session.provenance or None}
-        self._largest = max(_dense_bytes(site) for site in self.plan.sites.values())
+        self._largest = max((_dense_bytes(site) for site in self.plan.sites.values()), default=0)
         for site in self.plan.sites.values():
             dtype = _dtype(model, site)
             site.kind.skeleton(model, site, config.modules[site.name], dtype)
             for name, role in site.kind.placeholders(model, site, dtype).items():
-                self.placeholders[name] = (site, role)
+                if role == "bias" and names is not None and name not in names:
+                    # Not in the checkpoint: initialised under its new name, as any other missing parameter.
+                    del model.get_submodule(site.owner)._parameters["bias"]
+                else:
+                    self.placeholders[name] = (site, role)
         self._sizes = {
             name: p.numel() * p.element_size() for name, p in model.named_parameters() if name not in self.placeholders
         }
@@ -169,9 +203,12 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.quantization_config.session = None
+        self.session.statistics = None if not self.session.measuring else self.session.statistics
         if self.progress is not None:
             self.progress.close(None if self.session.measuring else _summary_line(self.plan, model))
             self.progress = None
+        if self.plan is not None and not self.plan.sites:
+            detach(model)
 
     def get_state_dict_and_metadata(self, model):
         # Ranks may have changed since loading; what is written must describe what is saved. This runs before the
@@ -180,9 +217,9 @@ class LowRankQuantizer(HfQuantizer):
         return None, {}
 
     def _dequantize(self, model, dtype=None):
-        from .verbs import to_dense
-
-        return to_dense(model)
+        for name, kind in factorized(model).items():
+            kind.to_dense(model, name)
+        return model
 
     def is_serializable(self):
         return True
@@ -201,10 +238,19 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
 
+def detach(model):
+    """Make a model ordinary again, for transformers too."""
+    model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
 def attach(model, config):
     """Make a model factorized in memory save like one that was loaded factorized."""
     config = copy.copy(config)
-    config.session = None
+    config.session = config.calibration = None
+    config.modules = specs(model)
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config

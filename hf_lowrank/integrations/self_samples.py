@@ -29,9 +29,21 @@ def sample_from(model, calibration, seed):
         pad_token_id=0,
     )
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        first = torch.randint(config.vocab_size, (calibration.samples, 1))
-        if length == 1:
-            return first
-        return model.generate(first.to(device), generation_config=generation).cpu()
+    training = [module for module in model.modules() if module.training]
+    # Settings of the model's own would fill whatever is not set above, and this is to be pure sampling.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            first = torch.randint(config.vocab_size, (calibration.samples, 1))
+            if length == 1:
+                return first
+            # More at once than in a calibration pass, which keeps the activations of every layer.
+            chunks = first.split(8 * calibration.batch_size)
+            drawn = [model.generate(chunk.to(device), generation_config=generation).cpu() for chunk in chunks]
+    finally:
+        model.generation_config = own
+        for module in training:
+            module.training = True
+    return torch.cat(drawn)

@@ -1,7 +1,5 @@
 """The verbs for models in memory: factorize, collect_statistics, to_dense."""
 
-import copy
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,12 +8,13 @@ from ..errors import CalibrationError, ConfigError, LowRankError
 from ..factorize import factorize_site, make_plan, measure_site
 from ..formats import FORMATS
 from ..linalg import require_finite
-from ..methods import METHODS
 from ..recipe import Recipe
 from ..statistics.collect import collect
-from ..surgery import factorized, match_sites, specs
+from ..surgery import factorized, match_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer, make_batches, saved_statistics
+from .config import QUANT_METHOD, LowRankConfig
 from .progress import Progress, bar
+from .quantizer import LowRankQuantizer, attach, detach, statistics_shapes
 
 
 def factorize(model, config=None, calibration=None, tokenizer=None):
@@ -34,14 +33,13 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     Raises:
         LowRankError: of the kind that fits; the model is as it was, since everything is checked first.
     """
-    from .config import LowRankConfig
-    from .quantizer import attach, statistics_shapes
-
-    config = LowRankConfig() if config is None else copy.copy(config)
-    if not isinstance(config, Recipe):
+    config = LowRankConfig() if config is None else config
+    if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
+    config = config.again()
     if factorized(model):
         raise ConfigError("The model is factorized already; call hf_lowrank.to_dense(model) first.")
+    _refuse_quantized(model)
     if calibration is not None:
         config.calibration = calibration
     plan = make_plan(model, config)
@@ -51,7 +49,8 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
         resolved = as_calibration(config.calibration)
         statistics = saved_statistics(resolved)
         if statistics is None:
-            statistics = collect_for(model, config, resolved, _tokenizer_for(model, tokenizer))
+            sites = list(plan.sites.values())
+            statistics = collect_for(model, sites, config, resolved, _tokenizer_for(model, tokenizer))
         statistics.check(statistics_shapes(plan.sites.values(), config.method.statistics))
         provenance = statistics.provenance
     for site in plan.sites.values():
@@ -65,34 +64,66 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
             progress.done()
         progress.close()
         plan = make_plan(model, config, curves=curves)
+    # Everything is computed before anything is replaced, so that a failure leaves the model as it was.
     progress = Progress(len(plan.sites))
-    modules = plan.specs(config.format)
+    made = {}
     for site in plan.sites.values():
         progress.start(site.name)
-        _replace(model, site, modules[site.name], config, plan.ranks[site.name], statistics)
+        weight = site.kind.weight(model, site)
+        with torch.no_grad():
+            made[site.name] = factorize_site(site, weight, plan.ranks[site.name], config, statistics, weight.dtype)
         progress.done()
     progress.close()
-    if isinstance(model, PreTrainedModel):
-        config.recipe = {**config.to_json(), "calibration": provenance}
-        config.modules = specs(model)
-        attach(model, config)
+    specs_by_name = plan.specs(config.format)
+    for site in plan.sites.values():
+        tensors, error = made.pop(site.name)
+        _replace(model, site, {**specs_by_name[site.name], "relative_error": error}, tensors)
+    config.recipe = {**config.to_json(), "calibration": provenance}
+    for part in _outermost_pretrained(model):
+        if factorized(part):
+            attach(part, config)
     return model
 
 
-@torch.no_grad()
-def _replace(model, site, spec, config, rank, statistics):
-    weight, bias = site.kind.weight(model, site), site.kind.bias(model, site)
-    trainable = model.get_parameter(site.weight_name).requires_grad
-    tensors, error = factorize_site(site, weight, rank, config, statistics, weight.dtype)
+def _outermost_pretrained(module):
+    """The transformers models in `module` that are not part of another one."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [found for child in module.children() for found in _outermost_pretrained(child)]
+
+
+def _refuse_quantized(model):
+    """Weights that another quantizer packs are not there to be factorized; those out of GGUF files are unpacked."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method not in (QUANT_METHOD, "gguf"):
+        raise ConfigError(
+            f"The model is quantized with {quantizer.quantization_config.quant_method}; factorize the model it was "
+            "made from."
+        )
+
+
+def _replace(model, site, spec, tensors):
+    """Put the factors where the dense weight was; the bias moves as it is."""
+    bias = site.kind.bias(model, site)
+    weight = model.get_parameter(site.weight_name)
+    site.kind.skeleton(model, site, spec, weight.dtype)
+    parameters = {name: nn.Parameter(t, requires_grad=weight.requires_grad) for name, t in tensors.items()}
     if bias is not None:
-        tensors[site.kind.bias_name(site, FORMATS[config.format])] = bias
-    site.kind.skeleton(model, site, {**spec, "relative_error": error}, weight.dtype)
-    for name, tensor in tensors.items():
+        parameters[site.kind.bias_name(site, FORMATS[spec["format"]])] = bias
+    for name, parameter in parameters.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=trainable))
+        setattr(model.get_submodule(owner), leaf, parameter)
 
 
-def collect_statistics(model, calibration="self", tokenizer=None, method="whitened_svd", **targets):
+def collect_statistics(
+    model,
+    calibration="self",
+    tokenizer=None,
+    method="whitened_svd",
+    target_modules="all-linear",
+    exclude_modules=None,
+    seed=0,
+):
     """Run calibration data through a dense model and return what `method` needs to know.
 
     Args:
@@ -100,22 +131,23 @@ def collect_statistics(model, calibration="self", tokenizer=None, method="whiten
         calibration (defaults to `"self"`): as `calibration` of [`LowRankConfig`].
         tokenizer (*optional*): for texts; by default the one at `model.name_or_path`.
         method (`str` or [`Method`], defaults to `"whitened_svd"`): decides which statistics.
-        targets: `target_modules`, `exclude_modules`, `seed` of [`LowRankConfig`].
+        target_modules (defaults to `"all-linear"`): as in [`LowRankConfig`].
+        exclude_modules (*optional*): as in [`LowRankConfig`].
+        seed (`int`, defaults to 0): of everything random.
 
     Returns:
         [`Statistics`]; `.save("statistics.safetensors")` keeps it, and `calibration="statistics.safetensors"` uses it.
     """
-    method = METHODS.build(method)
-    recipe = Recipe(method=method, calibration=calibration, **targets)
-    return collect_for(model, recipe, as_calibration(calibration), _tokenizer_for(model, tokenizer))
-
-
-def collect_for(model, recipe, calibration, tokenizer):
-    """The statistics `recipe` needs of `model`; `tokenizer` is a function that loads one if text has to be read."""
-    if not recipe.method.statistics:
+    recipe = Recipe(method=method, target_modules=target_modules, exclude_modules=exclude_modules, seed=seed)
+    if not recipe.needs_statistics:
         raise CalibrationError(f"`method`={recipe.method.name!r} needs no statistics.")
+    sites = match_sites(model, target_modules, exclude_modules)
+    return collect_for(model, sites, recipe, as_calibration(calibration), _tokenizer_for(model, tokenizer))
+
+
+def collect_for(model, sites, recipe, calibration, tokenizer):
+    """The statistics `recipe` needs at `sites`; `tokenizer` is a function that loads one if text has to be read."""
     check_calibration(calibration, model)
-    sites = match_sites(model, recipe.target_modules, recipe.exclude_modules)
     for site in sites:
         weight = model.get_parameter(site.weight_name)
         if weight.device.type != "meta":
@@ -144,12 +176,9 @@ def to_dense(model):
     _refuse_offloaded(model)
     for name, kind in factorized(model).items():
         kind.to_dense(model, name)
-    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-        # The attribute is part of the class's protocol: absent for models that never had a quantizer.
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
-                del module.config._is_quantized
+    for part in _outermost_pretrained(model):
+        if isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):
+            detach(part)
     return model
 
 

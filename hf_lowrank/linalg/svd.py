@@ -26,6 +26,14 @@ def fix_signs(columns):
     return columns * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
+def balanced(left, right):
+    """The same product with columns of `left` and rows of `right` of equal norm, so that half precision holds both."""
+    columns, rows = left.norm(dim=0), right.norm(dim=1)
+    scale = torch.where((columns > 0) & (rows > 0), (rows / columns).sqrt(), 1.0)
+    scale = torch.nan_to_num(scale, nan=1.0, posinf=1.0)
+    return left * scale, right / scale[:, None]
+
+
 def leading_eigh(symmetric, rank):
     """All eigenvalues, largest first and clamped at zero, and the `rank` leading eigenvectors as columns."""
     values, vectors = torch.linalg.eigh(symmetric)

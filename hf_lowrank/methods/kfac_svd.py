@@ -4,7 +4,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import ConfigError
-from ..linalg import output_optimal, psd_safe_cholesky, require_finite, shrink
+from ..linalg import balanced, output_optimal, psd_safe_cholesky, require_finite, shrink
 from .base import Factors, Method, register_method
 
 
@@ -54,7 +54,8 @@ class KfacSVD(Method):
         image, root, gram = self._through(weight, stats)
         left, right, energies = output_optimal(image, gram, rank)
         energies = energies * self._matters(stats)
-        left = torch.linalg.solve_triangular(root.T, left, upper=True)
+        # Gradients may be tiny: the scale goes to both factors evenly.
+        left, right = balanced(torch.linalg.solve_triangular(root.T, left, upper=True), right)
         return Factors.from_energies(left, right, energies)
 
     def objective(self, difference, stats):

@@ -4,7 +4,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import ConfigError
-from ..linalg import output_optimal, psd_safe_cholesky, require_finite, shrink
+from ..linalg import balanced, output_optimal, psd_safe_cholesky, require_finite, shrink
 from .base import Factors, Method, register_method
 
 
@@ -58,7 +58,8 @@ class WhitenedSVD(Method):
         lower = psd_safe_cholesky(gram)
         basis, singular, rows = torch.linalg.svd(weight.double() @ lower, full_matrices=False)
         right = torch.linalg.solve_triangular(lower, rows[:rank], upper=False, left=False)
-        return Factors.from_energies(basis[:, :rank] * singular[:rank], right, singular**2)
+        left, right = balanced(basis[:, :rank] * singular[:rank], right)
+        return Factors.from_energies(left, right, singular**2)
 
     def objective(self, difference, stats):
         gram = shrink(stats["input_gram"].double(), self.shrinkage)

@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
 
 import psutil
@@ -43,6 +44,7 @@ class Collector:
         self.tokens = 0
         self._readers = WeakIdKeyDictionary()
         self.masks = Masks(model)
+        self._calls = {}
         self._warned = set()
         self._bytes = 0
         self._available = psutil.virtual_memory().available
@@ -74,6 +76,9 @@ class Collector:
                 "that reach them (an encoder-decoder needs decoder inputs or labels), or exclude them with "
                 "`exclude_modules`."
             )
+        for name, leader in self.leaders.items():
+            if self._calls[name] != self._calls[leader]:
+                raise StatisticsError(self._unsteady(name))
         self._add_zero_gradients()
         tensors = {}
         for owner, name in list(self.accumulators):
@@ -81,6 +86,12 @@ class Collector:
             check_finite(owner, name, tensor)
             tensors.setdefault(owner, {})[name] = tensor
         return Statistics(self.leaders, tensors, {**provenance, "tokens": self.tokens})
+
+    def _unsteady(self, name):
+        return (
+            f"{name} read the same input as {self.leaders[name]} at first, but not every time; calibrate on batches "
+            "that take the same path through the model, or leave one of them out with `exclude_modules`."
+        )
 
     def _add_zero_gradients(self):
         """A layer the loss does not depend on has a gradient of zero, which is what is recorded, and said."""
@@ -99,14 +110,14 @@ class Collector:
     def _observe(self, name, inputs, outputs, routed=None):
         if self.of_gradients:
             self._await_gradient(name, outputs, routed)
-        reader = self._readers.get(inputs)
-        if reader is None:
-            self._readers[inputs] = reader = name
+        # A tensor that was changed in place is another input.
+        reader, version = self._readers.get(inputs, (None, None))
+        if reader is None or version != inputs._version:
+            reader = name
+            self._readers[inputs] = (name, inputs._version)
+        self._calls[name] = self._calls.get(name, 0) + 1
         if self.leaders.setdefault(name, reader) != reader:
-            raise StatisticsError(
-                f"{name} read the same input as {self.leaders[name]} in the first batch, but not in a later one; "
-                "calibrate on batches that take the same path through the model."
-            )
+            raise StatisticsError(self._unsteady(name))
         if reader == name:
             self._update(name, self.of_inputs, self._rows(name, inputs, self.masks.chooser(name, inputs, routed)))
 
@@ -127,8 +138,8 @@ class Collector:
             if name not in self._warned:
                 self._warned.add(name)
                 logger.warning(
-                    "The inputs of %s, %s, cannot be matched with the attention mask: padding is counted there. "
-                    "Calibrate without padding (equal lengths) to avoid it.",
+                    "The inputs of %s, %s, cannot be matched with the attention mask: what padding they hold is "
+                    "counted. Calibrate without padding (equal lengths) to avoid it.",
                     name,
                     tuple(tensor.shape),
                 )
@@ -229,10 +240,12 @@ class Masks:
                 continue
             if tensor.shape[:-1] == mask.shape or (tensor.ndim == 2 and rows == mask.numel()):
                 return None if mask.all() else mask.flatten()
-        # One row a sample (a pooler), or another modality with its own length: nothing to remove.
+            if tensor.shape[:-1] == mask.T.shape:
+                return None if mask.all() else mask.T.flatten()
+        # One row a sample (a pooler): nothing to remove.
         padded = any(mask is not None and not mask.all() for mask in masks)
         per_sample = any(mask is not None and tensor.ndim == 2 and rows == mask.shape[0] for mask in masks)
-        return None if per_sample or not padded or tensor.ndim > 2 else UNALIGNED
+        return None if per_sample or not padded else UNALIGNED
 
     def labelled(self):
         """The mask of the tokens that the model predicts, `None` for all."""
@@ -320,20 +333,29 @@ def collect(model, sites, names, batches, provenance=None, progress=None, seed=0
         cheaper.pop("logits_to_keep", None)
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     count = 0
     try:
         with torch.set_grad_enabled(backward), _frozen(model), collector.watching():
             for batch in progress(batches) if progress else batches:
+                if not isinstance(batch, Mapping) or not any(isinstance(v, torch.Tensor) for v in batch.values()):
+                    raise CalibrationError(
+                        f"A calibration batch is {type(batch).__name__}, not a dict of tensors; give texts, or dicts "
+                        "as a tokenizer or processor makes them with `return_tensors='pt'`."
+                    )
                 batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
                 collector.start_batch(batch)
-                output = model(**{**cheaper, **batch})
+                # With labels, the model computes a loss over all positions.
+                skipped = ("logits_to_keep",) if "labels" in batch else ()
+                arguments = {key: value for key, value in cheaper.items() if key not in skipped}
+                output = model(**{**arguments, **batch})
                 if backward:
                     fisher_loss(output, collector.masks.labelled(), generator).backward()
                 count += 1
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     if count == 0:
         raise CalibrationError("`calibration` gave no batch; give at least one text or one batch.")
     return collector.result(provenance or {})

@@ -78,6 +78,9 @@ def _check_weight(layer, transposed):
     assert layer.weight.shape == expected.shape
     assert layer.weight.dtype == expected.dtype
     torch.testing.assert_close(layer.weight + 0, expected)
+    (layer.weight.square().sum()).backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in layer.named_parameters() if name != layer.bias_name)
+    layer.zero_grad()
     for write in (lambda: layer.weight.mul_(2), lambda: setattr(layer.weight, "data", expected)):
         try:
             write()

@@ -71,7 +71,7 @@ def test_refused_when_the_config_is_made(options, error, message):
         ({"method": "whitened_svd", "calibration": 3}, "CalibrationError", "`calibration`=3 is neither a name"),
         ({"method": "whitened_svd", "calibration": "no.jsonl"}, "CalibrationError", "'no.jsonl' does not exist"),
         ({"method": "whitened_svd", "calibration": "no.safetensors"}, "CalibrationError", "does not exist"),
-        ({"method": "whitened_svd", "calibration": [torch.ones(2)]}, "CalibrationError", "not a dict of the model's"),
+        ({"method": "whitened_svd", "calibration": [torch.ones(2)]}, "CalibrationError", "not a dict of tensors"),
         ({"method": "whitened_svd", "calibration": ["one"]}, "CalibrationError", "tokenizer"),
     ],
 )

@@ -42,10 +42,8 @@ def test_two_processes(tmp_path):
 
 def test_a_style_that_cannot_be_split_is_named():
     from hf_lowrank import factorize
-    from hf_lowrank.integrations.parallel import rewrite_parallel_plan
 
     model, _ = tiny_model("llama")
     factorize(model, LowRankConfig(method="svd", param_ratio=0.5))
-    rewrite_parallel_plan(model)
     with pytest.raises(ConfigError, match="q_proj has style 'packed_colwise'; factorized layers can be split"):
         model._expand_parallel_plan({"model.layers.*.self_attn.q_proj": "packed_colwise"})

@@ -169,7 +169,7 @@ def test_a_path_that_changes_is_noticed():
     model = Fickle()
     sites = match_sites(model)
     x = torch.randn(3, 4)
-    with pytest.raises(StatisticsError, match="b read the same input as a in the first batch, but not in a later one"):
+    with pytest.raises(StatisticsError, match="b read the same input as a at first, but not every time"):
         collect(model, sites, ["input_gram"], [{"x": x, "same": True}, {"x": x, "same": False}])
 
 

@@ -1,0 +1,350 @@
+"""What a careful stranger tries: round trips of configs, copies, shared weights, failures half-way."""
+
+import copy
+import gc
+import json
+import pickle
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertModel, GPTQConfig
+
+import hf_lowrank
+from hf_lowrank import LowRankConfig, LowRankLinear, Statistics, collect_statistics, factorize, summary, to_dense
+from hf_lowrank.integrations.guard import GUARD
+from hf_lowrank.testing import tiny_model
+
+
+def svd(**options):
+    return LowRankConfig(**{"method": "svd", "param_ratio": 0.5, **options})
+
+
+def run(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 20)[None]).logits
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    tiny_model("llama")[0].save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def small(llama, tmp_path):
+    AutoModelForCausalLM.from_pretrained(llama, lowrank_config=svd()).save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+def test_a_config_survives_its_own_json(llama):
+    config = svd(param_ratio=0.3, rank_pattern={"q_proj": 4})
+    again = LowRankConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
+    by_dict = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config.to_dict())
+    assert torch.equal(run(by_dict), run(AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)))
+
+
+def test_the_config_of_a_factorized_model_is_a_recipe_for_another(llama, small):
+    loaded = AutoModelForCausalLM.from_pretrained(small)
+    other = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=loaded.config.quantization_config)
+    assert torch.equal(run(other), run(loaded))
+
+
+@pytest.mark.parametrize(
+    "options", [{"param_ratio": 1.0}, {"param_ratio": None, "rank": 32, "target_modules": ["q_proj"]}]
+)
+def test_nothing_to_gain_leaves_an_ordinary_model(llama, tmp_path, options, caplog):
+    dense = run(AutoModelForCausalLM.from_pretrained(llama))
+    loaded = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=svd(**options))
+    assert "Nothing becomes smaller" in caplog.text
+    memory = factorize(AutoModelForCausalLM.from_pretrained(llama), svd(**options))
+    for i, model in enumerate((loaded, memory)):
+        assert torch.equal(run(model), dense)
+        model.save_pretrained(tmp_path / str(i))
+        assert "quantization_config" not in json.loads((tmp_path / str(i) / "config.json").read_text())
+        assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path / str(i))), dense)
+
+
+def test_a_missing_factor_is_never_random(small):
+    state = load_file(small / "model.safetensors")
+    del state["model.layers.1.self_attn.q_proj.left.weight"]
+    save_file(state, small / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(hf_lowrank.CheckpointError, match=r"do not agree on model\.layers\.1\.self_attn\.q_proj\.left"):
+        AutoModelForCausalLM.from_pretrained(small)
+
+
+def test_a_forgotten_module_is_never_random(small):
+    config = json.loads((small / "config.json").read_text())
+    del config["quantization_config"]["modules"]["model.layers.1.mlp.up_proj"]
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(hf_lowrank.CheckpointError, match=r"do not agree on model\.layers\.1\.mlp\.up_proj"):
+        AutoModelForCausalLM.from_pretrained(small)
+
+
+def test_dense_weights_under_a_factorized_config_are_refused(small, tmp_path):
+    dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small))
+    dense.save_pretrained(tmp_path / "mixed")
+    with pytest.raises(hf_lowrank.CheckpointError, match="do not agree"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+
+
+def test_the_guard_survives_editing_the_config(small):
+    config = AutoConfig.from_pretrained(small)
+    config.id2label = {0: "a", 1: "b"}
+    config.save_pretrained(small)
+    assert json.loads((small / "config.json").read_text())["transformers_weights"] == GUARD
+    AutoModelForCausalLM.from_pretrained(small)
+
+
+def test_a_model_inside_a_module_saves_what_it_is(tmp_path):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = tiny_model("llama")[0]
+            self.extra = nn.Linear(96, 96)
+
+    wrapper = factorize(Wrapper(), svd())
+    assert isinstance(wrapper.extra, LowRankLinear)
+    wrapper.lm.save_pretrained(tmp_path)
+    assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path)), run(wrapper.lm))
+
+
+def test_calibration_data_does_not_stay_with_the_model(llama, tmp_path):
+    batch = {"input_ids": torch.arange(3, 40)[None]}
+    model = factorize(AutoModelForCausalLM.from_pretrained(llama), calibration=(b for b in [batch]))
+    model.save_pretrained(tmp_path)
+    copy.deepcopy(model)
+    AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(calibration=(b for b in [batch])))
+    statistics = collect_statistics(AutoModelForCausalLM.from_pretrained(llama), [batch], method="kfac_svd")
+    seen = weakref.ref(statistics)
+    first = factorize(AutoModelForCausalLM.from_pretrained(llama), calibration=statistics)
+    second = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(calibration=statistics))
+    del statistics
+    gc.collect()
+    assert seen() is None
+    assert torch.equal(run(first), run(second))
+
+
+@pytest.mark.parametrize("method", ["whitened_svd", "kfac_svd"])
+def test_batches_with_labels(method):
+    model, inputs = tiny_model("llama")
+    batch = inputs()
+    plain = collect_statistics(model, [batch], method=method)
+    labelled = collect_statistics(model, [{**batch, "labels": batch["input_ids"]}], method=method)
+    name = "model.layers.0.mlp.down_proj"
+    for statistic in plain.get(name, hf_lowrank.METHODS[method].statistics):
+        a, b = (s.get(name, [statistic])[statistic] for s in (plain, labelled))
+        torch.testing.assert_close(a, b)
+
+
+class Odd(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = nn.Linear(4, 4), nn.Linear(4, 4), how
+
+    def forward(self, x):
+        if self.how == "twice":
+            return self.a(x) + self.b(x) + self.a(100 * x)
+        if self.how == "keyword":
+            return self.a(input=x) + self.b(input=x)
+        first = self.a(x)
+        x.mul_(10)
+        return first + self.b(x)
+
+
+def test_a_leader_that_runs_more_often_is_noticed():
+    with pytest.raises(hf_lowrank.StatisticsError, match="b read the same input as a at first, but not every time"):
+        collect_statistics(Odd("twice"), [{"x": torch.randn(3, 4)}])
+
+
+def test_a_tensor_changed_in_place_is_another_input():
+    x = torch.randn(3, 4)
+    statistics = collect_statistics(Odd("in place"), [{"x": x.clone()}])
+    a, b = (statistics.get(name, ["input_gram"])["input_gram"] for name in "ab")
+    torch.testing.assert_close(b, 100 * a, rtol=1e-5, atol=1e-5)
+
+
+def test_linears_called_by_keyword():
+    x = torch.randn(3, 4)
+    statistics = collect_statistics(Odd("keyword"), [{"x": x}])
+    expected = (x.T @ x).double()
+    torch.testing.assert_close(statistics.get("b", ["input_gram"])["input_gram"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_unalignable_padding_is_said(caplog):
+    class Strided(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x, attention_mask):
+            return self.a(x[:, ::2])
+
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    collect_statistics(Strided(), [{"x": torch.randn(1, 6, 4), "attention_mask": mask}])
+    assert "cannot be matched with the attention mask" in caplog.text
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    before = run(model)
+    statistics = collect_statistics(model, [{"input_ids": torch.arange(3, 40)[None]}])
+    tensors = {
+        owner: {"input_gram": statistics.get(owner, ["input_gram"])["input_gram"].clone()}
+        for owner in set(statistics.leaders.values())
+    }
+    tensors["model.layers.1.mlp.down_proj"]["input_gram"][0, 0] = float("nan")
+    bad = Statistics(statistics.leaders, tensors, {})
+    config = LowRankConfig(method="whitened_svd", param_ratio=0.5)
+    with pytest.raises(hf_lowrank.NonFiniteError, match="layers.1.mlp.down_proj: The Gram matrix"):
+        factorize(model, config, calibration=bad)
+    assert not summary(model).rows
+    assert torch.equal(run(model), before)
+    factorize(model, config, calibration=statistics)
+
+
+def test_factors_that_overflow_half_precision_are_refused():
+    model = nn.Sequential(nn.Linear(16, 16, bias=False)).half()
+    model[0].weight.data.fill_(60000.0)
+    with pytest.raises(hf_lowrank.NonFiniteError, match=r"0\.(left|right)\.weight in torch\.float16"):
+        factorize(model, svd(rank_pattern={"0": 2}))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_pickle_copy_and_release(name):
+    model, inputs = tiny_model(name)
+    factorize(model, svd())
+    with torch.no_grad():
+        expected = model(**inputs()).logits
+        for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert torch.equal(other(**inputs()).logits, expected)
+    gc.collect()
+    gc.disable()
+    try:
+        layer = weakref.ref(model.model.layers[0].self_attn.q_proj)
+        del model
+        assert layer() is None, "freed without a garbage collection"
+    finally:
+        gc.enable()
+
+
+def test_state_dict_in_place_of_files():
+    model, _ = tiny_model("bert")
+    loaded, info = BertModel.from_pretrained(
+        None, config=model.config, state_dict=model.state_dict(), lowrank_config=svd(), output_loading_info=True
+    )
+    assert info["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}
+    assert type(loaded.pooler.dense) is nn.Linear
+    assert isinstance(loaded.encoder.layer[0].output.dense, LowRankLinear)
+
+
+def test_a_missing_bias_leaves_no_ghost(tmp_path):
+    model, _ = tiny_model("bert")
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["bert.encoder.layer.0.intermediate.dense.bias"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, info = type(model).from_pretrained(tmp_path, lowrank_config=svd(), output_loading_info=True)
+    name = "bert.encoder.layer.0.intermediate.dense"
+    assert info["missing_keys"] == {f"{name}.left.bias"}
+    assert set(loaded.get_submodule(name).state_dict()) == {"left.weight", "left.bias", "right.weight"}
+    assert not loaded.get_submodule(name).left.bias.is_meta
+
+
+def test_shared_weights_of_plain_modules_stay_shared():
+    shared = nn.Linear(16, 16)
+    tied = nn.Sequential(shared, nn.Linear(16, 16), nn.Linear(16, 16), shared)
+    tied[2].weight = tied[1].weight
+    tied.append(nn.Linear(16, 16))
+    factorize(tied, svd())
+    assert [type(layer) for layer in tied] == [nn.Linear] * 4 + [LowRankLinear]
+    assert tied[0] is tied[3]
+    with pytest.raises(hf_lowrank.TargetError, match="whose weight is tied"):
+        factorize(nn.Sequential(shared, shared), svd(target_modules=["0"]))
+
+
+def test_a_linear_at_the_root():
+    with pytest.raises(hf_lowrank.TargetError, match="is itself a linear layer; put it into a module"):
+        factorize(nn.Linear(16, 16), svd())
+
+
+def test_other_quantizers_are_respected():
+    model, _ = tiny_model("llama")
+    model.hf_quantizer = type("Other", (), {"quantization_config": GPTQConfig(bits=4)})()
+    with pytest.raises(hf_lowrank.ConfigError, match="quantized with .*; factorize the model it was made from"):
+        factorize(model, svd())
+    to_dense(model)
+    assert hasattr(model, "hf_quantizer")
+
+
+@pytest.mark.parametrize("name", ["bert", "mixtral"])
+def test_what_is_frozen_stays_frozen(name):
+    model, _ = tiny_model(name)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad = key.endswith("bias")
+    factorize(model, svd())
+    assert all(p.requires_grad == key.endswith("bias") for key, p in model.named_parameters())
+    to_dense(model)
+    assert all(p.requires_grad == key.endswith("bias") for key, p in model.named_parameters())
+
+
+def test_train_mode_of_single_layers_is_kept():
+    model, inputs = tiny_model("llama")
+    model.train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    collect_statistics(model, [inputs()])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_self_samples_ignore_the_models_own_generation_settings():
+    from hf_lowrank import Calibration
+    from hf_lowrank.integrations.self_samples import sample_from
+
+    model, _ = tiny_model("llama")
+    sizes = Calibration(samples=6, length=32, batch_size=2)
+    plain = sample_from(model, sizes, seed=0)
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.num_return_sequences = 2
+    model.generation_config.return_dict_in_generate = True
+    assert plain.shape == (6, 32)
+    assert torch.equal(sample_from(model, sizes, seed=0), plain)
+    assert not torch.equal(sample_from(model, sizes, seed=1), plain)
+    assert model.generation_config.num_return_sequences == 2
+
+
+def test_self_calibration_of_a_model_that_also_sees_is_refused_early(tmp_path):
+    model, _ = tiny_model("llava")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(hf_lowrank.CalibrationError, match="which LlavaForConditionalGeneration is not"):
+        type(model).from_pretrained(tmp_path, lowrank_config=LowRankConfig())
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:77", 3.5])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(hf_lowrank.ConfigError, match="`compute_device`=.* cannot be used here"):
+        LowRankConfig(compute_device=device)
+
+
+def test_a_budget_that_cannot_be_met_is_said(caplog):
+    factorize(tiny_model("llama")[0], svd(param_ratio=None, target_params=1))
+    assert "The budget is 1 parameters, but even the smallest allowed ranks keep" in caplog.text
+
+
+def test_the_first_matching_rank_counts():
+    pattern = {"q_proj": 8, "layers.0.self_attn.q_proj": 4}
+    model = factorize(tiny_model("llama")[0], svd(rank_pattern=pattern))
+    assert model.model.layers[0].self_attn.q_proj.rank == 8
+
+
+def test_auto_model_of_parts(small, tmp_path):
+    base = AutoModel.from_pretrained(small)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).last_hidden_state, base(ids).last_hidden_state)
