@@ -19,15 +19,16 @@ class Recipe:
     """How to factorize a model.
 
     Args:
-        method (`str`, `dict` or [`Method`], defaults to `"whitened_svd"`): how factors are computed; a registered
-            name, `{"name": ..., **options}`, or an instance.
+        method (`str`, `dict` or [`Method`], defaults to `"kfac_svd"`): how factors are computed; a registered name,
+            `{"name": ..., **options}`, or an instance.
         param_ratio (`float`, *optional*): parameters kept / parameters of the targeted linears, in (0, 1]. Defaults
             to 0.8 where no other budget is given.
         target_params (`int`, *optional*): parameters the targeted linears may keep, at least 1.
         rank (`int`, *optional*): the same rank for every target; at break-even and above a weight stays dense.
         rank_pattern (`dict[str, int | "dense"]`, *optional*): module name, dotted suffix or regular expression ->
             rank; wins over every budget. These weights do not count against the budget.
-        allocation (`str`, `dict` or [`Allocator`], defaults to `"uniform"`): who gets how much of the budget.
+        allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of the budget; by default what
+            suits the method: `"knapsack"` for `kfac_svd`, whose errors compare between layers, else `"uniform"`.
         format (`str`, *optional*): how factors are stored; the method's own format by default.
         rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
@@ -44,12 +45,12 @@ class Recipe:
         ConfigError: a value that is not allowed; the message names argument, value, allowed set and cure.
     """
 
-    method: object = "whitened_svd"
+    method: object = "kfac_svd"
     param_ratio: float | None = None
     target_params: int | None = None
     rank: int | None = None
     rank_pattern: dict = field(default_factory=dict)
-    allocation: object = "uniform"
+    allocation: object = None
     format: str | None = None
     rank_multiple: int = 8
     target_modules: object = "all-linear"
@@ -60,7 +61,7 @@ class Recipe:
 
     def __post_init__(self):
         self.method = METHODS.build(self.method)
-        self.allocation = ALLOCATORS.build(self.allocation)
+        self.allocation = ALLOCATORS.build(self.method.allocation if self.allocation is None else self.allocation)
         if self.format is None:
             self.format = self.method.format
         FORMATS[self.format]

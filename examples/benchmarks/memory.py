@@ -46,7 +46,7 @@ def make(folder):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="200MB")
     ids = torch.randint(0, VOCABULARY, (2, 256))
-    collect_statistics(model, [{"input_ids": ids}]).save(f"{folder}/statistics.safetensors")
+    collect_statistics(model, [{"input_ids": ids}], method="whitened_svd").save(f"{folder}/statistics.safetensors")
 
 
 def load_once(folder, how):
@@ -56,7 +56,9 @@ def load_once(folder, how):
         "dense_float32": {"dtype": torch.float32},
         "svd": {"lowrank_config": LowRankConfig(method="svd", param_ratio=0.25)},
         "whitened_svd": {
-            "lowrank_config": LowRankConfig(param_ratio=0.25, calibration=f"{folder}/statistics.safetensors")
+            "lowrank_config": LowRankConfig(
+                method="whitened_svd", param_ratio=0.25, calibration=f"{folder}/statistics.safetensors"
+            )
         },
     }[how]
     # The first use of the solver loads libraries that stay; they are not the load's.

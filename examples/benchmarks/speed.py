@@ -1,9 +1,10 @@
 """How long calibration and factorization take, as ratios within one run.
 
-    python examples/benchmarks/speed.py
+    PYTHONPATH=examples python examples/benchmarks/speed.py
 
-Prints the statistics pass over a plain forward pass over the same tokens, and the seconds that factorizing all
-matrices of SmolLM2-135M takes. Writes results/speed.json.
+Prints the statistics passes of `whitened_svd` (forward only) and `kfac_svd` (forward and backward) over a plain
+forward pass on the same tokens, and the seconds that factorizing all matrices of SmolLM2-135M takes, allocation
+included. Writes results/speed.json.
 """
 
 import os
@@ -20,7 +21,8 @@ from benchmarks import metrics, setups
 from hf_lowrank import LowRankConfig, collect_statistics, factorize
 
 
-SAMPLES, LENGTH, BATCH, REPEATS = 24, 512, 8, 3
+SAMPLES, LENGTH, BATCH, REPEATS = 24, 512, 4, 3
+METHODS = ("whitened_svd", "kfac_svd")
 
 
 def timed(function):
@@ -45,23 +47,24 @@ def main():
                 model(**batch)
 
     forward()
-    pairs = []
+    ratios, plain_seconds, collected = {method: [] for method in METHODS}, [], {}
     for _ in range(REPEATS):
         plain, _ = timed(forward)
-        collecting, collected = timed(lambda: collect_statistics(model, batches))
-        pairs.append((plain, collecting))
-    seconds, _ = timed(lambda: factorize(model, LowRankConfig(param_ratio=0.8), calibration=collected))
-    result = {
-        "model": name,
-        "tokens": SAMPLES * LENGTH,
-        "forward_seconds": statistics.median(plain for plain, _ in pairs),
-        "statistics_seconds": statistics.median(collecting for _, collecting in pairs),
-        "statistics_over_forward": statistics.median(collecting / plain for plain, collecting in pairs),
-        "factorize_seconds": seconds,
-        "matrices": 210,
-    }
+        plain_seconds.append(plain)
+        for method in METHODS:
+            collected.pop(method, None)
+            seconds, collected[method] = timed(lambda method=method: collect_statistics(model, batches, method=method))
+            ratios[method].append(seconds / plain)
+    result = {"model": name, "tokens": SAMPLES * LENGTH, "forward_seconds": statistics.median(plain_seconds)}
+    for method in METHODS:
+        result[f"{method}_statistics_over_forward"] = statistics.median(ratios[method])
+        dense = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32)
+        config = LowRankConfig(method=method, param_ratio=0.8)
+        given = collected.pop(method)
+        seconds, _ = timed(lambda dense=dense, config=config, given=given: factorize(dense, config, calibration=given))
+        result[f"{method}_factorize_seconds"] = seconds
     for key, value in result.items():
-        print(f"{key:<26} {value if not isinstance(value, float) else round(value, 2)}")
+        print(f"{key:<40} {value if not isinstance(value, float) else round(value, 2)}")
     metrics.write("speed", result)
 
 

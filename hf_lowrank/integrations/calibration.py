@@ -26,18 +26,18 @@ class Calibration:
 
     Args:
         data: what `calibration` of [`LowRankConfig`] accepts. Defaults to `"self"`.
-        samples (`int`, defaults to 24): sequences, of text or sampled from the model.
-        length (`int`, defaults to 512): tokens a sequence.
-        batch_size (`int`, defaults to 4): sequences a calibration pass; eight times as many are sampled at once.
+        samples (`int`, defaults to 48): sequences, of text or sampled from the model.
+        length (`int`, defaults to 256): tokens a sequence.
+        batch_size (`int`, defaults to 8): sequences a calibration pass; six times as many are sampled at once.
         temperature (`float`, defaults to 1.0): of sampling from the model, above 0.
         split (`str`, defaults to `"train"`): of a data set id.
         text_column (`str`, defaults to `"text"`): of a data set or `.jsonl` file.
     """
 
     data: object = SELF
-    samples: int = 24
-    length: int = 512
-    batch_size: int = 4
+    samples: int = 48
+    length: int = 256
+    batch_size: int = 8
     temperature: float = 1.0
     split: str = "train"
     text_column: str = "text"
@@ -89,8 +89,8 @@ def check_calibration(calibration, model):
     if isinstance(data, str) and data == SELF and not _is_causal(model):
         raise CalibrationError(
             f"`calibration`='self' samples text from a causal language model, which {type(model).__name__} is not "
-            "(or not only); give texts, batches (a list of dicts or a dataloader), a data set id or a statistics file, or use "
-            "`method='svd'`, which needs no data."
+            "(or not only); give texts, batches (a list of dicts or a dataloader), a data set id or a statistics "
+            "file, or use `method='svd'`, which needs no data."
         )
     is_text = isinstance(data, (str, os.PathLike)) or _are_texts(data)
     path = os.fspath(data) if isinstance(data, (str, os.PathLike)) else ""

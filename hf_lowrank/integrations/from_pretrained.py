@@ -154,6 +154,8 @@ def _calibrate(load, cls, config, calibration, args, kwargs, stack):
     with torch.device("meta"):
         skeleton = cls(copy.deepcopy(_model_config(cls, args, kwargs)))
     targets = set(make_plan(skeleton, config).sites)
+    if not targets:
+        return
     check_calibration(calibration, skeleton)
     del skeleton
 

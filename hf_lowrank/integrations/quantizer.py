@@ -158,7 +158,7 @@ class LowRankQuantizer(HfQuantizer):
         names = self._stored_names(model, checkpoint_files)
         available = None if names is None else (lambda site: site.weight_name in names)
         self.plan = make_plan(model, config, available, None if self.session.measuring else self.session.curves)
-        if config.needs_statistics:
+        if config.needs_statistics and self.plan.sites:
             if self.session.statistics is None:
                 raise CalibrationError(
                     f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "

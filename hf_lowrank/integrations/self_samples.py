@@ -40,7 +40,7 @@ def sample_from(model, calibration, seed):
             if length == 1:
                 return first
             # More at once than in a calibration pass, which keeps the activations of every layer.
-            chunks = first.split(8 * calibration.batch_size)
+            chunks = first.split(6 * calibration.batch_size)
             drawn = [model.generate(chunk.to(device), generation_config=generation).cpu() for chunk in chunks]
     finally:
         model.generation_config = own

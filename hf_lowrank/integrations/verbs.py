@@ -43,6 +43,8 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     if calibration is not None:
         config.calibration = calibration
     plan = make_plan(model, config)
+    if not plan.sites:
+        return model
     _refuse_offloaded(model)
     statistics, provenance = None, None
     if config.needs_statistics:
@@ -119,7 +121,7 @@ def collect_statistics(
     model,
     calibration="self",
     tokenizer=None,
-    method="whitened_svd",
+    method="kfac_svd",
     target_modules="all-linear",
     exclude_modules=None,
     seed=0,
@@ -130,7 +132,7 @@ def collect_statistics(
         model (`PreTrainedModel`): dense, in memory or dispatched over devices and disk.
         calibration (defaults to `"self"`): as `calibration` of [`LowRankConfig`].
         tokenizer (*optional*): for texts; by default the one at `model.name_or_path`.
-        method (`str` or [`Method`], defaults to `"whitened_svd"`): decides which statistics.
+        method (`str` or [`Method`], defaults to `"kfac_svd"`): decides which statistics.
         target_modules (defaults to `"all-linear"`): as in [`LowRankConfig`].
         exclude_modules (*optional*): as in [`LowRankConfig`].
         seed (`int`, defaults to 0): of everything random.

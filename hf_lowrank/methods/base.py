@@ -42,11 +42,14 @@ class Method:
     Class attributes:
         statistics (`tuple[str]`): registered statistics it reads, and no others; empty for data-free methods.
         format (`str`): the format its factors are stored in unless the user chooses another.
+        allocation (`str`): the allocator unless the user chooses another; a global one only suits errors that are in
+            the same unit for every layer.
     """
 
     name: ClassVar[str]
     statistics: ClassVar[tuple] = ()
     format: ClassVar[str] = "low_rank"
+    allocation: ClassVar[str] = "uniform"
 
     def factorize(self, weight, rank, stats):
         """Factors of `weight` at `rank`.

@@ -41,6 +41,7 @@ class KfacSVD(Method):
     """
 
     statistics: ClassVar[tuple] = ("input_gram", "gradient_gram")
+    allocation: ClassVar[str] = "knapsack"
     input_shrinkage: float = 0.1
     grad_shrinkage: float = 0.3
 

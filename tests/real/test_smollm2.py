@@ -21,7 +21,7 @@ def statistics(smollm2, data, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(smollm2)
     calibration = Calibration(str(data / "calib_wikipedia" / "train.jsonl"), samples=24, length=512)
     path = tmp_path_factory.mktemp("statistics") / "wikipedia.safetensors"
-    collect_statistics(model, calibration).save(path)
+    collect_statistics(model, calibration, method="whitened_svd").save(path)
     loaded = Statistics.load(path)
     assert loaded.provenance["tokens"] == 24 * 512
     return loaded
@@ -41,7 +41,9 @@ def output_error(difference, gram):
 def test_quality_equals_the_textbook(smollm2, statistics, wikitext, two_threads):
     dense = AutoModelForCausalLM.from_pretrained(smollm2)
     model = factorize(
-        AutoModelForCausalLM.from_pretrained(smollm2), LowRankConfig(param_ratio=0.8), calibration=statistics
+        AutoModelForCausalLM.from_pretrained(smollm2),
+        LowRankConfig(method="whitened_svd", param_ratio=0.8),
+        calibration=statistics,
     )
     ranks = {row.name: row.rank for row in summary(model).rows}
     assert len(ranks) == 210
@@ -63,7 +65,7 @@ def test_quality_equals_the_textbook(smollm2, statistics, wikitext, two_threads)
 
 
 def test_streaming_equals_memory_and_reload_is_exact(smollm2, statistics, tmp_path):
-    config = LowRankConfig(param_ratio=0.8, calibration=statistics.path)
+    config = LowRankConfig(method="whitened_svd", param_ratio=0.8, calibration=statistics.path)
     streamed, info = AutoModelForCausalLM.from_pretrained(smollm2, lowrank_config=config, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -12,6 +12,10 @@ from hf_lowrank.surgery import match_sites
 from hf_lowrank.testing import ARCHITECTURES, tiny_model
 
 
+def grams(model, batches):
+    return collect_statistics(model, batches, method="whitened_svd")
+
+
 def recorded_inputs(model, batches):
     """Independent of the library: every linear's inputs, concatenated, by plain hooks."""
     found, handles = {}, []
@@ -40,7 +44,7 @@ def traces(model):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "whisper", "vit", "llava", "phi3"])
 def test_gram_of_every_linear(name):
     model, inputs = tiny_model(name)
-    statistics = collect_statistics(model, [inputs(), inputs()])
+    statistics = grams(model, [inputs(), inputs()])
     for site, rows in recorded_inputs(model, [inputs(), inputs()]).items():
         gram = statistics.get(site, ["input_gram"])["input_gram"]
         assert gram.dtype == torch.float64
@@ -52,7 +56,7 @@ def test_gram_of_every_linear(name):
 def test_experts_see_their_routed_tokens(name):
     model, inputs = tiny_model(name)
     batch = inputs()
-    statistics = collect_statistics(model, [batch])
+    statistics = grams(model, [batch])
     sites = [site for site in match_sites(model) if site.copies > 1]
     assert len(sites) >= 2
     seen = {}
@@ -80,7 +84,7 @@ def test_nothing_is_left_on_the_model(name):
         before = model(**inputs()).logits
     state = traces(model)
     model.train()
-    collect_statistics(model, [inputs()])
+    grams(model, [inputs()])
     assert model.training
     model.eval()
     assert traces(model) == state
@@ -92,7 +96,7 @@ def test_hooks_are_gone_after_a_failure():
     model, inputs = tiny_model("mixtral")
     state = traces(model)
     with pytest.raises(CalibrationError, match="not a dict"):
-        collect_statistics(model, [inputs(), "text"])
+        grams(model, [inputs(), "text"])
     assert traces(model) == state
 
 
@@ -104,12 +108,12 @@ def test_padding_is_never_counted(name, side):
     padded, mask = torch.full((2, 12), 5), torch.zeros(2, 12, dtype=torch.long)
     positions = slice(5, 12) if side == "left" else slice(0, 7)
     padded[:, positions], mask[:, positions] = ids, 1
-    plain = collect_statistics(model, [{"input_ids": ids}])
+    plain = grams(model, [{"input_ids": ids}])
     batch = {"input_ids": padded, "attention_mask": mask}
     if side == "left":
         # Rotary positions are relative, learned ones are not.
         batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    masked = collect_statistics(model, [batch])
+    masked = grams(model, [batch])
     assert masked.provenance["tokens"] == plain.provenance["tokens"] == 14
     for site in match_sites(model):
         expected = plain.get(site.name, ["input_gram"])["input_gram"]
@@ -120,10 +124,10 @@ def test_padding_of_both_sides_of_an_encoder_decoder():
     # The same length on both sides, where shapes alone cannot tell the masks apart.
     model, _ = tiny_model("t5")
     ids = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(3))
-    plain = collect_statistics(model, [{"input_ids": ids[:, :4], "decoder_input_ids": ids[:, :3]}])
+    plain = grams(model, [{"input_ids": ids[:, :4], "decoder_input_ids": ids[:, :3]}])
     encoder_mask, decoder_mask = torch.zeros(2, 6).long(), torch.zeros(2, 6).long()
     encoder_mask[:, :4] = decoder_mask[:, :3] = 1
-    masked = collect_statistics(
+    masked = grams(
         model,
         [
             {
@@ -145,13 +149,13 @@ def test_padding_of_both_sides_of_an_encoder_decoder():
 
 def test_linears_with_one_input_share_one_gram():
     model, inputs = tiny_model("llama")
-    leaders = collect_statistics(model, [inputs()]).leaders
+    leaders = grams(model, [inputs()]).leaders
     layer = "model.layers.0"
     assert len({leaders[f"{layer}.self_attn.{x}_proj"] for x in "qkv"}) == 1
     assert leaders[f"{layer}.mlp.gate_proj"] == leaders[f"{layer}.mlp.up_proj"]
     assert len(set(leaders.values())) == 2 * 4
     model, inputs = tiny_model("t5")
-    leaders = collect_statistics(model, [inputs()]).leaders
+    leaders = grams(model, [inputs()]).leaders
     cross = {leaders[f"decoder.block.{i}.layer.1.EncDecAttention.{x}"] for i in range(2) for x in "kv"}
     assert len(cross) == 1, "all layers read the same encoder output"
 
@@ -177,13 +181,13 @@ def test_layers_without_input_are_named():
     model, _ = tiny_model("llava")
     batch = {"input_ids": torch.arange(3, 10)[None]}
     with pytest.raises(CalibrationError, match="saw no input during calibration, such as model.multi_modal_projector"):
-        collect_statistics(model, [batch])
+        grams(model, [batch])
 
 
 def test_no_batches():
     model, _ = tiny_model("llama")
     with pytest.raises(CalibrationError, match="gave no batch"):
-        collect_statistics(model, iter(()))
+        grams(model, iter(()))
 
 
 def test_blocks_and_strips_do_not_change_the_sum():
@@ -200,7 +204,7 @@ def test_blocks_and_strips_do_not_change_the_sum():
 
 def test_save_and_load(tmp_path):
     model, inputs = tiny_model("llama")
-    statistics = collect_statistics(model, [inputs()])
+    statistics = grams(model, [inputs()])
     statistics.save(tmp_path / "s.safetensors")
     loaded = Statistics.load(tmp_path / "s.safetensors")
     assert loaded.leaders == statistics.leaders
@@ -227,7 +231,7 @@ def test_not_a_statistics_file(tmp_path):
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
     model, inputs = tiny_model("llama")
-    statistics = collect_statistics(model, [inputs()])
+    statistics = grams(model, [inputs()])
     (tmp_path / "s.safetensors").mkdir()
     with pytest.raises(OSError, match="s.safetensors"):
         statistics.save(tmp_path / "s.safetensors")
@@ -240,7 +244,7 @@ def test_too_little_memory_is_said_before_it_is_used(monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=3 * 8 * 64 * 64))
     model, inputs = tiny_model("llama")
     with pytest.raises(ResourceError, match="The first 4 statistics need"):
-        collect_statistics(model, [inputs()])
+        grams(model, [inputs()])
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "vit"])
