@@ -1,6 +1,6 @@
 """Factorize a real language model while it loads, and see what it costs and what it saves.
 
-    python examples/quickstart.py [--param-ratio 0.9] [--eval-text FILE] [--smoke]
+    python examples/quickstart.py [--param-ratio 0.9] [--method kfac_svd] [--eval-text FILE] [--smoke]
 
 No data set is needed: calibration text is sampled from the model itself, and quality is measured on English prose that
 comes with Python, unless you name a text file.
@@ -39,6 +39,7 @@ def main():
     """Run the whole path and print one table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--param-ratio", type=float, default=0.9, help="fraction of the linears' parameters kept")
+    parser.add_argument("--method", default="kfac_svd", help="how factors are computed")
     parser.add_argument("--eval-text", help="text file to measure perplexity on")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     arguments = parser.parse_args()
@@ -78,7 +79,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         load = AutoModelForCausalLM.from_pretrained
         step("dense", f"{folder}/dense", lambda: load(where, dtype=torch.float32))
-        config = LowRankConfig(param_ratio=arguments.param_ratio, calibration=Calibration(**sizes))
+        config = LowRankConfig(
+            method=arguments.method, param_ratio=arguments.param_ratio, calibration=Calibration(**sizes)
+        )
         model, logits = step(
             "factorized while loading",
             f"{folder}/small",

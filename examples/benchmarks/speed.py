@@ -21,7 +21,7 @@ from benchmarks import metrics, setups
 from hf_lowrank import LowRankConfig, collect_statistics, factorize
 
 
-SAMPLES, LENGTH, BATCH, REPEATS = 24, 512, 4, 3
+SAMPLES, LENGTH, BATCH, REPEATS = 48, 256, 4, 1
 METHODS = ("whitened_svd", "kfac_svd")
 
 

@@ -65,6 +65,8 @@ class LowRankQuantizer(HfQuantizer):
         self.progress = None
         # Bytes of every parameter that will be filled; known once the skeleton stands.
         self._sizes = {}
+        # Bytes of the largest dense weight in float32.
+        self._largest = 0
 
     @property
     def format(self):
@@ -114,7 +116,6 @@ class LowRankQuantizer(HfQuantizer):
 
     def _build_from_modules(self, model, checkpoint_files):
         sites = {site.name: site for site in all_sites(model)}
-        dense_names = self._stored_names(model, checkpoint_files)
         found = {}
         modules = self.quantization_config.modules or {}
         for name, spec in modules.items():
@@ -128,30 +129,9 @@ class LowRankQuantizer(HfQuantizer):
             )
         for name, spec in found.items():
             sites[name].kind.skeleton(model, sites[name], spec, _dtype(model, sites[name]))
-        if dense_names is not None:
-            self._check_complete(model, {n: s for n, s in sites.items() if n not in found}, checkpoint_files)
-
-    def _check_complete(self, model, dense_sites, checkpoint_files):
-        """Refuse a checkpoint that lacks a factor, or that holds factors its config does not mention."""
         names = self._stored_names(model, checkpoint_files)
-        missing = sorted(
-            name
-            for site, kind in factorized(model).items()
-            for name in kind.parameter_names(model, site)
-            if name not in names
-        )
-        stray = sorted(
-            site.name
-            for site in dense_sites.values()
-            if site.weight_name not in names
-            and any(name.startswith((f"{site.name}.", f"{site.name}_")) for name in names)
-        )
-        if missing or stray:
-            raise CheckpointError(
-                f"The checkpoint is damaged: its config and its weights do not agree on {(missing or stray)[0]}"
-                f" ({len(missing)} factors are missing, {len(stray)} layers are factorized in the weights only). "
-                "Download or save it again."
-            )
+        if names is not None:
+            _check_complete(model, [site for name, site in sites.items() if name not in found], names)
 
     def _build_placeholders(self, model, checkpoint_files):
         config = self.quantization_config
@@ -162,7 +142,7 @@ class LowRankQuantizer(HfQuantizer):
             if self.session.statistics is None:
                 raise CalibrationError(
                     f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
-                    f"gives none; pass data, saved statistics, or `method='svd'`."
+                    "gives none; pass data, saved statistics, or `method='svd'`."
                 )
             self.session.statistics.check(statistics_shapes(self.plan.sites.values(), config.method.statistics))
         config.modules = self.plan.specs(config.format)
@@ -203,7 +183,8 @@ class LowRankQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.quantization_config.session = None
-        self.session.statistics = None if not self.session.measuring else self.session.statistics
+        if not self.session.measuring:
+            self.session.statistics = None
         if self.progress is not None:
             self.progress.close(None if self.session.measuring else _summary_line(self.plan, model))
             self.progress = None
@@ -262,6 +243,27 @@ def statistics_shapes(sites, names):
         site.name: {name: STATISTICS[name].shape(site.out_features, site.in_features) for name in names}
         for site in sites
     }
+
+
+def _check_complete(model, dense_sites, names):
+    """Refuse a checkpoint that lacks a factor, or that holds factors its config does not mention."""
+    missing = sorted(
+        name
+        for site, kind in factorized(model).items()
+        for name in kind.parameter_names(model, site)
+        if name not in names
+    )
+    stray = sorted(
+        site.name
+        for site in dense_sites
+        if site.weight_name not in names and any(name.startswith((f"{site.name}.", f"{site.name}_")) for name in names)
+    )
+    if missing or stray:
+        raise CheckpointError(
+            f"The checkpoint is damaged: its config and its weights do not agree on {(missing or stray)[0]}"
+            f" ({len(missing)} factors are missing, {len(stray)} layers are factorized in the weights only). "
+            "Download or save it again."
+        )
 
 
 def _in_model(name, sites, prefix):

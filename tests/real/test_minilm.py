@@ -34,8 +34,10 @@ def test_calibrated_on_texts_padded_batches_and_reloaded(minilm, data, tmp_path)
     ]
     dense = embed(AutoModel.from_pretrained(minilm), tokenizer)
     plain = LowRankConfig(method="svd", param_ratio=0.8)
-    by_text = LowRankConfig(param_ratio=0.8, calibration=Calibration(texts, samples=32, length=128))
-    by_batch = LowRankConfig(param_ratio=0.8, calibration=padded)
+    by_text = LowRankConfig(
+        method="whitened_svd", param_ratio=0.8, calibration=Calibration(texts, samples=32, length=128)
+    )
+    by_batch = LowRankConfig(method="whitened_svd", param_ratio=0.8, calibration=padded)
     similarity = {}
     for name, config in (("plain", plain), ("text", by_text), ("batch", by_batch)):
         model = AutoModel.from_pretrained(minilm, lowrank_config=config)

@@ -28,8 +28,14 @@ def statistics(smollm2, data, tmp_path_factory):
 
 
 def cholesky_whitened(weight, gram, rank):
-    """SVD-LLM, version 1, as the paper has it: C = L L^T, svd(W L), truncate, multiply by L^-1."""
-    lower = torch.linalg.cholesky(gram)
+    """SVD-LLM, version 1, as the paper has it: C = L L^T, svd(W L), truncate, multiply by L^-1.
+
+    Where rounding has made C indefinite, the authors' code shifts it by its lowest eigenvalue; so does this.
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        shift = 1e-12 * gram.diagonal().mean() - torch.linalg.eigvalsh(gram)[0]
+        lower = torch.linalg.cholesky(gram + 2 * shift * torch.eye(len(gram), dtype=gram.dtype))
     u, s, v = torch.linalg.svd(weight.double() @ lower, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ torch.linalg.solve_triangular(lower, v[:rank], upper=False, left=False)
 

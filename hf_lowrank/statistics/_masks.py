@@ -1,0 +1,105 @@
+"""Which rows of an activation are real tokens, and which are padding."""
+
+import math
+import weakref
+from contextlib import contextmanager
+
+import torch
+
+
+UNALIGNED = object()
+
+
+class Masks:
+    """Which rows of an activation are real tokens: the attention masks of a batch, matched to activations by shape."""
+
+    def __init__(self, model):
+        self._decoder = set()
+        self._encoder = None
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            decoder = model.get_decoder()
+            prefix = next(name for name, module in model.named_modules() if module is decoder)
+            self._decoder = {f"{prefix}.{name}" for name, _ in decoder.named_modules()}
+            self._encoder = model.get_encoder()
+        self._encoded = lambda: None
+        self._first = self._second = None
+
+    @contextmanager
+    def watching(self):
+        """Remembers the encoder's output inside, which cross-attention reads under the encoder's mask."""
+        if self._encoder is None:
+            yield
+            return
+
+        def remember(_, __, output):
+            self._encoded = weakref.ref(output[0])
+
+        handle = self._encoder.register_forward_hook(remember)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def start_batch(self, batch):
+        """Read the masks of one batch."""
+        self._first = _as_mask(batch.get("attention_mask"))
+        self._second = _as_mask(batch.get("decoder_attention_mask"))
+        labels = batch.get("labels")
+        if self._decoder and self._second is None and labels is not None and labels.ndim == 2:
+            self._second = labels != -100
+
+    def count(self, batch):
+        """Real tokens of the batch, or its samples where it has no token ids."""
+        if self._first is not None:
+            return int(self._first.sum())
+        ids = batch.get("input_ids")
+        first = ids if ids is not None else next(iter(batch.values()))
+        return ids.numel() if ids is not None else first.shape[0]
+
+    def chooser(self, name, tensor, routed=None):
+        """Which rows of `tensor` at the site `name` are real tokens.
+
+        Args:
+            name (`str`): the site, which may belong to the decoder.
+            tensor (`torch.Tensor`): its input or output.
+            routed (`tuple`, *optional*): `(token index of each row, number of tokens)` where a router has picked and
+                sorted the rows.
+
+        Returns:
+            A boolean mask of rows, `None` for all, or `UNALIGNED` where padding cannot be told apart.
+        """
+        if routed is not None:
+            return self._routed(*routed)
+        rows = math.prod(tensor.shape[:-1])
+        masks = [self._first, self._second]
+        if name in self._decoder and tensor is not self._encoded():
+            masks.reverse()
+            if masks[0] is None:
+                return None
+        for mask in masks:
+            if mask is None:
+                continue
+            if tensor.shape[:-1] == mask.shape or (tensor.ndim == 2 and rows == mask.numel()):
+                return None if mask.all() else mask.flatten()
+            if tensor.shape[:-1] == mask.T.shape:
+                return None if mask.all() else mask.T.flatten()
+        # One row a sample (a pooler): nothing to remove.
+        padded = any(mask is not None and not mask.all() for mask in masks)
+        per_sample = any(mask is not None and tensor.ndim == 2 and rows == mask.shape[0] for mask in masks)
+        return None if per_sample or not padded else UNALIGNED
+
+    def labelled(self):
+        """The mask of the tokens that the model predicts, `None` for all."""
+        return self._second if self._decoder else self._first
+
+    def _routed(self, token_index, tokens):
+        masks = [mask for mask in (self._first, self._second) if mask is not None and not mask.all()]
+        for mask in masks:
+            if mask.numel() == tokens:
+                return mask.flatten().to(token_index.device)[token_index]
+        return UNALIGNED if masks else None
+
+
+def _as_mask(mask):
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
