@@ -1,6 +1,6 @@
 """Peak memory of factorizing while loading, beside dense loading.
 
-    python examples/benchmarks/memory.py
+    PYTHONPATH=examples python examples/benchmarks/memory.py
 
 Makes a random Llama-shaped bfloat16 checkpoint of more than 400 MB, loads it in fresh processes, and prints the peak
 growth of anonymous memory during the load beside the bytes of the factors. Dense loading maps the file and touches no
