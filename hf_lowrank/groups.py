@@ -7,7 +7,8 @@ import torch
 from .blocks import block_names
 from .errors import ConfigError, TargetError
 from .formats import SharedBasisLinear
-from .surgery import LinearKind, Site, all_sites, matches
+from .kinds import LinearKind, Site
+from .surgery import all_sites, matches
 
 
 @dataclass(frozen=True)

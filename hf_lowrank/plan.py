@@ -12,6 +12,7 @@ from .formats import FORMATS, check_rank
 from .groups import group_sites
 from .recipe import DENSE
 from .sizes import stored_bytes
+from .statistics import STATISTICS
 from .surgery import match_sites
 
 
@@ -67,6 +68,13 @@ class Plan:
     def unit(self, name):
         """What the weight `name` is factorized with: its group, or itself."""
         return next(site for site in self.sites.values() if any(member.name == name for member in site.members))
+
+    def statistics_shapes(self, names):
+        """`{module: {statistic: shape}}` that a method with statistics `names` needs."""
+        return {
+            site.name: {name: STATISTICS[name].shape(site.out_features, site.in_features) for name in names}
+            for site in self.members.values()
+        }
 
     def specs(self):
         """The `modules` entry of a checkpoint config."""

@@ -8,6 +8,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import load_state_dict
 
 from ..errors import CheckpointError
+from ..surgery import factorized
 
 
 def stored_keys(files):
@@ -47,3 +48,24 @@ def parameter_names(model, keys, key_mapping=None):
             converter = next(c for c in converters if source in c.source_patterns)
             names.update(name.replace(converter.target_patterns[0], t) for t in converter.target_patterns[1:])
     return names
+
+
+def check_complete(model, dense_sites, names):
+    """Refuse a checkpoint that lacks a factor, or that holds factors its config does not mention."""
+    missing = sorted(
+        name
+        for site, kind in factorized(model).items()
+        for name in kind.stored(model, site, bias=True)
+        if name not in names
+    )
+    stray = sorted(
+        site.name
+        for site in dense_sites
+        if site.weight_name not in names and any(name.startswith((f"{site.name}.", f"{site.name}_")) for name in names)
+    )
+    if missing or stray:
+        raise CheckpointError(
+            f"The checkpoint is damaged: its config and its weights do not agree on {(missing or stray)[0]}"
+            f" ({len(missing)} factors are missing, {len(stray)} layers are factorized in the weights only). "
+            "Download or save it again."
+        )

@@ -2,7 +2,7 @@
 
 from transformers.pytorch_utils import Conv1D
 
-from ..surgery import LinearKind, register_linear_kind
+from ..kinds import LinearKind, register_linear_kind
 
 
 class Conv1DKind(LinearKind):

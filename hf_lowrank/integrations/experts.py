@@ -13,7 +13,7 @@ from torch import nn
 from transformers.integrations.moe import _grouped_linear
 
 from ..errors import CheckpointError, LowRankError
-from ..surgery import LinearKind, Site, register_linear_kind
+from ..kinds import LinearKind, Site, register_linear_kind
 
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")

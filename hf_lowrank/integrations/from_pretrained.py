@@ -13,7 +13,7 @@ from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
 from .planning import gather, informed_plan, saved_for
-from .quantizer import Rehearsed, Session
+from .session import Rehearsed, Session
 from .verbs import factorize_in_memory
 
 

@@ -1,14 +1,11 @@
 """The quantizer: what transformers calls while it builds, fills, saves and restores a factorized model."""
 
 import copy
-import logging
 import os
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers.auto import register_quantizer
@@ -17,63 +14,14 @@ from transformers.quantizers.base import HfQuantizer
 from ..errors import CalibrationError, CheckpointError, ResourceError
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
-from ..statistics import STATISTICS
-from ..surgery import all_sites, factorized, lend_bases, specs
-from .checkpoint import parameter_names, stored_keys
+from ..surgery import all_sites, lend_bases, specs
+from .checkpoint import check_complete, parameter_names, stored_keys
 from .config import QUANT_METHOD
+from .densify import detach, multiply_out
 from .guard import remove_guard
 from .progress import Progress
+from .session import Rehearsed, Session
 from .streaming import Factorize
-
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Session:
-    """What one `from_pretrained` call knows beside its config.
-
-    Args:
-        statistics ([`Statistics`], *optional*): for methods that need them.
-        key_mapping (`dict`, *optional*): as given to `from_pretrained`.
-        given_keys (`list`, *optional*): of the `state_dict` given to `from_pretrained` in place of files.
-        offload_folder (`str`, *optional*): as given to `from_pretrained`.
-        measured ([`Measured`]): what allocators want to know, as far as earlier passes have found it out.
-        measuring (`bool`): whether this pass collects error curves and throws the model away.
-        rehearsing (`bool`): whether this pass ends as soon as the plan stands.
-        failure ([`LowRankError`], *optional*): the first error while tensors streamed in.
-        provenance (`dict`): JSON that describes the calibration.
-    """
-
-    statistics: object = None
-    key_mapping: dict | None = None
-    given_keys: list | None = None
-    offload_folder: str | None = None
-    measured: Measured = field(default_factory=Measured)
-    measuring: bool = False
-    rehearsing: bool = False
-    failure: Exception | None = None
-    provenance: dict = field(default_factory=dict)
-
-    def __deepcopy__(self, memo):
-        # transformers copies configs at will; they all belong to the same call.
-        return self
-
-
-class Rehearsed(Exception):  # noqa: N818 (nothing went wrong)
-    """Ends a load before any weight is read; never leaves `from_pretrained`.
-
-    Only transformers knows what it will load: dtypes, names and shapes depend on files and arguments alike.
-
-    Args:
-        model (`PreTrainedModel`): the dense skeleton, on the meta device.
-        plan ([`Plan`]): what would happen to it.
-    """
-
-    def __init__(self, model, plan):
-        super().__init__("rehearsed")
-        self.model = model
-        self.plan = plan
 
 
 @register_quantizer(QUANT_METHOD)
@@ -162,7 +110,7 @@ class LowRankQuantizer(HfQuantizer):
         lend_bases(model, found)
         names = self._stored_names(model, checkpoint_files)
         if names is not None:
-            _check_complete(model, [site for name, site in sites.items() if name not in found], names)
+            check_complete(model, [site for name, site in sites.items() if name not in found], names)
 
     def _build_placeholders(self, model, checkpoint_files, device_map):
         config = self.quantization_config
@@ -183,7 +131,7 @@ class LowRankQuantizer(HfQuantizer):
                     f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
                     "gives none; pass data, saved statistics, or `method='svd'`."
                 )
-            self.session.statistics.check(statistics_shapes(self.plan.members.values(), config.method.statistics))
+            self.session.statistics.check(self.plan.statistics_shapes(config.method.statistics))
         config.modules = self.plan.specs()
         config.recipe = {**config.to_json(), "calibration": self.session.provenance or None}
         self._largest = max((_dense_bytes(site) for site in self.plan.sites.values()), default=0)
@@ -270,30 +218,6 @@ class LowRankQuantizer(HfQuantizer):
         return True
 
 
-def multiply_out(model):
-    """Put dense layers in the place of all factorized ones, biases that were added included."""
-    found = factorized(model)
-    added = [name for name, kind in found.items() if kind.added_bias(model, name)]
-    for name, kind in found.items():
-        kind.to_dense(model, name)
-    if added:
-        logger.warning(
-            "%d dense layers, such as %s, now have a bias that the architecture has no place for: the model computes "
-            "the same, but loses these biases if it is saved and loaded as a dense model. Keep the factorized "
-            "checkpoint for that, or factorize with a method that adds none (`bias_correction=False`).",
-            len(added),
-            added[0],
-        )
-
-
-def detach(model):
-    """Make a model ordinary again, for transformers too."""
-    model.hf_quantizer.remove_quantization_config(model)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
-            del module.config._is_quantized
-
-
 def attach(model, config):
     """Make a model factorized in memory save like one that was loaded factorized."""
     config = copy.copy(config)
@@ -302,35 +226,6 @@ def attach(model, config):
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
-
-
-def statistics_shapes(sites, names):
-    """`{module: {statistic: shape}}` that a method with statistics `names` needs."""
-    return {
-        site.name: {name: STATISTICS[name].shape(site.out_features, site.in_features) for name in names}
-        for site in sites
-    }
-
-
-def _check_complete(model, dense_sites, names):
-    """Refuse a checkpoint that lacks a factor, or that holds factors its config does not mention."""
-    missing = sorted(
-        name
-        for site, kind in factorized(model).items()
-        for name in kind.stored(model, site, bias=True)
-        if name not in names
-    )
-    stray = sorted(
-        site.name
-        for site in dense_sites
-        if site.weight_name not in names and any(name.startswith((f"{site.name}.", f"{site.name}_")) for name in names)
-    )
-    if missing or stray:
-        raise CheckpointError(
-            f"The checkpoint is damaged: its config and its weights do not agree on {(missing or stray)[0]}"
-            f" ({len(missing)} factors are missing, {len(stray)} layers are factorized in the weights only). "
-            "Download or save it again."
-        )
 
 
 def _in_model(name, sites, prefix):

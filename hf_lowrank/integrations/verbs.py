@@ -14,9 +14,10 @@ from ..replace import Made, put
 from ..surgery import factorized, match_sites
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
+from .densify import detach, multiply_out
 from .planning import collect_for, gather, informed_plan
 from .progress import Progress
-from .quantizer import LowRankQuantizer, attach, detach, multiply_out, statistics_shapes
+from .quantizer import LowRankQuantizer, attach
 from .refining import refined
 
 
@@ -64,7 +65,7 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
     gathered = gather(model, list(plan.members.values()), config, calibration, tokenizer)
     statistics = gathered.statistics
     if statistics is not None:
-        statistics.check(statistics_shapes(plan.members.values(), config.method.statistics))
+        statistics.check(plan.statistics_shapes(config.method.statistics))
     for site in plan.members.values():
         require_finite(site.kind.weight(model, site), f"The weight of {site.name}")
     plan = informed_plan(model, config, gathered, available)

@@ -1,0 +1,34 @@
+"""Back to an ordinary model: layers multiplied out, and nothing left for transformers to find."""
+
+import logging
+
+from transformers import PreTrainedModel
+
+from ..surgery import factorized
+
+
+logger = logging.getLogger(__name__)
+
+
+def multiply_out(model):
+    """Put dense layers in the place of all factorized ones, biases that were added included."""
+    found = factorized(model)
+    added = [name for name, kind in found.items() if kind.added_bias(model, name)]
+    for name, kind in found.items():
+        kind.to_dense(model, name)
+    if added:
+        logger.warning(
+            "%d dense layers, such as %s, now have a bias that the architecture has no place for: the model computes "
+            "the same, but loses these biases if it is saved and loaded as a dense model. Keep the factorized "
+            "checkpoint for that, or factorize with a method that adds none (`bias_correction=False`).",
+            len(added),
+            added[0],
+        )
+
+
+def detach(model):
+    """Make a model ordinary again, for transformers too."""
+    model.hf_quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
