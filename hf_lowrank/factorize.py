@@ -26,7 +26,7 @@ def format_for(site, recipe):
     return possible[0]
 
 
-def factorize_site(site, weight, rank, recipe, statistics, dtype):
+def factorize_site(site, weight, rank, recipe, statistics, dtype, anchors=None):
     """Factors of one site, a weight or a group of weights, as named tensors.
 
     Args:
@@ -36,6 +36,8 @@ def factorize_site(site, weight, rank, recipe, statistics, dtype):
         recipe ([`Recipe`]): method, format and compute device.
         statistics ([`Statistics`], *optional*): for methods that need them.
         dtype (`torch.dtype`): of the stored factors.
+        anchors (`dict[str, torch.Tensor]`, *optional*): what a comparison with the compressed model gave, for methods
+            that are `anchored`.
 
     Returns:
         `(tensors, shift, relative_error)`: `{full parameter name: tensor}` for the name of each member of the site, on
@@ -45,7 +47,7 @@ def factorize_site(site, weight, rank, recipe, statistics, dtype):
     Raises:
         LowRankError: numerical trouble, with the name of the site in front.
     """
-    factors = site_factors(site, weight, rank, recipe, statistics)
+    factors = site_factors(site, weight, rank, recipe, statistics, anchors)
     with _naming(site):
         error = (sum(f.relative_error**2 for f in factors) / len(factors)) ** 0.5
         format, tensors = FORMATS[format_for(site, recipe)], {}
@@ -67,11 +69,12 @@ def shifted_bias(site, bias, shift, dtype):
     return total.to(dtype)
 
 
-def site_factors(site, weight, rank, recipe, statistics):
+def site_factors(site, weight, rank, recipe, statistics, anchors=None):
     """One [`Factors`] for each copy in `weight` `(copies, out, in)`; other arguments as in `factorize_site`."""
     device = _device_for(recipe, weight)
     with _naming(site):
         stats = _stats_of(site, recipe, statistics, device)
+        stats.update((name, tensor.to(device)) for name, tensor in (anchors or {}).items())
         return [recipe.method.factorize(copy.to(device), rank, stats) for copy in weight]
 
 

@@ -166,9 +166,14 @@ class Recipe:
         return self.energy is not None or (self.rank is None and self.allocation.needs_curves)
 
     @property
+    def compares(self):
+        """Whether the dense and the compressed model run side by side, for which both have to be in memory."""
+        return self.refine is not None or self.method.anchored
+
+    @property
     def samples_kept(self):
         """Calibration sequences that are needed again after statistics are collected."""
-        if self.refine is not None:
+        if self.compares:
             return math.inf
         return self.allocation.search_samples if self.needs_probe else 0
 

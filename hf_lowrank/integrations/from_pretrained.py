@@ -83,8 +83,8 @@ def _load(load, cls, config, args, kwargs):
     with contextlib.ExitStack() as stack:
         stack.enter_context(_removing_new_files(session.offload_folder))
         if not _is_quantized(cls, args, kwargs):
-            if config.refine is not None:
-                return _load_refined(load, config, calibration, args, kwargs)
+            if config.compares:
+                return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:
                 _calibrate(load, config, calibration, args, kwargs, stack)
             if config.needs_curves and session.measured.ranks is None:
@@ -92,8 +92,8 @@ def _load(load, cls, config, args, kwargs):
         return _load_once(load, session, args, kwargs)
 
 
-def _load_refined(load, config, calibration, args, kwargs):
-    """Load the dense model and factorize it in memory, since a refinement trains against it."""
+def _load_compared(load, config, calibration, args, kwargs):
+    """Load the dense model and factorize it in memory, since the compressed model is compared with it."""
     kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
     wanted = kwargs.pop("output_loading_info", False)
     config.session = None

@@ -52,7 +52,7 @@ def saved_for(recipe, calibration, token=None):
     """The [`Statistics`] that `calibration` names, or `None` where it is data.
 
     Raises:
-        CalibrationError: the allocator or the refinement needs data itself.
+        CalibrationError: the allocator, the method or the refinement needs data itself.
     """
     saved = saved_statistics(calibration, token)
     if saved is not None or calibration.data is None:
@@ -61,6 +61,11 @@ def saved_for(recipe, calibration, token=None):
             raise CalibrationError(
                 f"`allocation`={recipe.allocation.name!r} compares outputs of the model on calibration data, and "
                 f"`calibration` is {given}; give the data, or use an allocation that does without, such as 'knapsack'."
+            )
+        if recipe.method.anchored:
+            raise CalibrationError(
+                f"`method`={recipe.method.name!r} compares the dense and the compressed model on calibration data, "
+                f"and `calibration` is {given}; give the data, or use a method that does without, such as 'kfac_svd'."
             )
         if recipe.refine is not None:
             raise CalibrationError(

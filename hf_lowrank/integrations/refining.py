@@ -1,7 +1,5 @@
 """Refinement of a model in memory, on a twin: a failure leaves the model as it was."""
 
-import copy
-
 import torch
 
 from ..blocks import block_names
@@ -10,6 +8,7 @@ from ..formats import FORMATS
 from ..replace import Made, put
 from ..statistics.collect import call_arguments
 from .progress import bar
+from .twin import twin_of
 
 
 def refined(model, plan, made, config, batches, folder=None):
@@ -36,7 +35,7 @@ def refined(model, plan, made, config, batches, folder=None):
         )
     sites = list(plan.members.values())
     names = block_names(model, [site.name for site in sites])
-    twin = _twin(model, sites, names)
+    twin = twin_of(model, sites, names)
     config.refine.refine(
         twin,
         sites,
@@ -54,17 +53,6 @@ def refined(model, plan, made, config, batches, folder=None):
             if name in own and own[name] is not parameter:
                 own[name].copy_(parameter)
     return found
-
-
-def _twin(model, sites, names):
-    """A copy of `model` that shares every parameter but the small ones inside the blocks, which are trained."""
-    dense = {site.weight_name for site in sites}
-    memo = {
-        id(parameter): parameter
-        for name, parameter in model.named_parameters()
-        if name in dense or not any(name.startswith(f"{block}.") for block in names)
-    }
-    return copy.deepcopy(model, memo)
 
 
 def _made_again(twin, site, made):

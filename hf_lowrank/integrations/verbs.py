@@ -1,6 +1,7 @@
 """The verbs for models in memory: factorize, collect_statistics, to_dense."""
 
 import os
+from contextlib import contextmanager
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +13,7 @@ from ..plan import make_plan
 from ..recipe import Recipe
 from ..replace import Made, put
 from ..surgery import factorized, match_sites
+from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
 from .densify import detach, multiply_out
@@ -70,21 +72,11 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
         require_finite(site.kind.weight(model, site), f"The weight of {site.name}")
     plan = informed_plan(model, config, gathered, available)
     # Everything is computed before anything is replaced, so that a failure leaves the model as it was.
-    progress = Progress(len(plan.sites))
-    specs_by_name, made = plan.specs(), {}
-    for site in plan.sites.values():
-        progress.start(site.name)
-        weight = site.kind.weight(model, site)
-        with torch.no_grad():
-            tensors, shift, error = factorize_site(
-                site, weight, plan.ranks[site.name], config, statistics, weight.dtype
-            )
-            for member in site.members:
-                spec = {**specs_by_name[member.name], "relative_error": error}
-                bias = _shifted(model, member, shift, weight.dtype)
-                made[member.name] = Made(spec, tensors[member.name], bias)
-        progress.done()
-    progress.close()
+    with _making(model, plan, config, statistics) as make:
+        if config.method.anchored:
+            made = anchored(model, plan, make, gathered.batches)
+        else:
+            made = {name: one for site in plan.sites.values() for name, one in make(site).items()}
     if config.refine is not None:
         folder = as_calibration(calibration).folder
         kept = None if folder is None else os.path.join(folder, "refine")
@@ -96,6 +88,33 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
         if factorized(part):
             attach(part, config)
     return model
+
+
+@contextmanager
+def _making(model, plan, config, statistics):
+    """The function that makes the factors of one weight or group, `{member: Made}`; inside, it shows its progress."""
+    progress, specs = Progress(len(plan.sites)), plan.specs()
+
+    @torch.no_grad()
+    def make(site, anchors=None):
+        progress.start(site.name)
+        weight = site.kind.weight(model, site)
+        rank = plan.ranks[site.name]
+        tensors, shift, error = factorize_site(site, weight, rank, config, statistics, weight.dtype, anchors)
+        progress.done()
+        return {
+            member.name: Made(
+                {**specs[member.name], "relative_error": error},
+                tensors[member.name],
+                _shifted(model, member, shift, weight.dtype),
+            )
+            for member in site.members
+        }
+
+    try:
+        yield make
+    finally:
+        progress.close()
 
 
 def _outermost_pretrained(module):

@@ -51,6 +51,8 @@ class Method:
         joint_groups (`tuple[tuple[str]]`): names or dotted suffixes of linears beside each other that share a basis;
             a method that offers this makes it a field.
         share_layers (`int`): how many neighbouring blocks share a basis; likewise.
+        anchored (`bool`): whether each weight is factorized on what the compressed model in front of it puts out; it
+            is then given `compressed_gram` and `cross_gram` ([`CrossGram`]) beside its statistics.
     """
 
     name: ClassVar[str]
@@ -59,6 +61,7 @@ class Method:
     allocation: ClassVar[str] = "uniform"
     joint_groups: ClassVar[tuple] = ()
     share_layers: ClassVar[int] = 1
+    anchored: ClassVar[bool] = False
 
     @property
     def shifts(self):

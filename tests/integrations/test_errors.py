@@ -25,7 +25,7 @@ def llama(tmp_path_factory):
         (
             {"method": "fsvd"},
             "UnknownNameError",
-            r"Unknown method 'fsvd'; choose one of \['asvd', 'awsvd', 'basis_sha",
+            r"Unknown method 'fsvd'; choose one of \['anchored_svd', 'asvd', 'awsvd', 'basis_sha",
         ),
         ({"method": {"name": "svd", "alpha": 1}}, "ConfigError", r"method 'svd' has no option \['alpha'\]"),
         ({"method": 3}, "ConfigError", "`method` must be a registered name"),

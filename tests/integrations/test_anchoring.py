@@ -1,0 +1,160 @@
+"""Factorization against the compressed prefix: better than without, on any architecture, and nothing lost on the way."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_lowrank import CalibrationError, LowRankConfig, NonFiniteError, collect_statistics, factorize
+from hf_lowrank.blocks import Chain, block_names, find_chains, record
+from hf_lowrank.methods.anchored_svd import AnchoredSVD
+from hf_lowrank.methods.whitened_svd import WhitenedSVD
+from hf_lowrank.statistics.collect import call_arguments
+from hf_lowrank.surgery import factorized, match_sites
+from hf_lowrank.testing import ARCHITECTURES, tiny_model
+
+
+# Ridge and shrinkage of the same strength, and budgets alike, so that only the anchoring differs.
+RIDGE = 1e-3
+ANCHORED = AnchoredSVD(two_sided=False, ridge=RIDGE)
+WHITENED = WhitenedSVD(shrinkage=RIDGE / (1 + RIDGE))
+OPTIONS = {"param_ratio": 0.5, "rank_multiple": 1, "format": "low_rank"}
+
+
+def batches_of(inputs, count=4):
+    found = []
+    for shift in range(count):
+        batch = inputs()
+        if "input_ids" in batch and "pixel_values" not in batch:
+            batch["input_ids"] = (batch["input_ids"] + 5 * shift) % 80 + 3
+        found.append(batch)
+    return found
+
+
+def last_hidden(model, dense, batches):
+    """The hidden states after the last block of every chain."""
+    names = block_names(dense, [site.name for site in match_sites(dense)])
+    ends = []
+    with torch.no_grad():
+        for chain in find_chains(dense, names, lambda: dense(**call_arguments(dense, batches[0]))):
+            calls = [call_arguments(model, batch) for batch in batches]
+            walk = record(model, Chain(chain.names), [lambda c=c: model(**c) for c in calls])
+            for name in chain.names:
+                walk.advance(model.get_submodule(name), name)
+            ends.append(torch.cat([x.flatten() for x in walk.inputs]))
+    return torch.cat(ends)
+
+
+def made(name, method, **options):
+    model, inputs = tiny_model(name)
+    batches = batches_of(inputs)
+    return factorize(model.eval(), LowRankConfig(method=method, **OPTIONS, **options), calibration=batches), batches
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_errors_in_front_are_made_up_for(name):
+    dense, _ = tiny_model(name)
+    dense.eval()
+    anchored, batches = made(name, ANCHORED)
+    plain, _ = made(name, WHITENED)
+    target = last_hidden(dense, dense, batches)
+    errors = [float((last_hidden(m, dense, batches) - target).square().sum()) for m in (anchored, plain)]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_architecture(name):
+    model, batches = made(name, "anchored_svd")
+    assert factorized(model)
+    with torch.no_grad():
+        output = model(**batches[0])
+    assert all(torch.isfinite(t).all() for t in output.to_tuple() if isinstance(t, torch.Tensor))
+
+
+def test_what_reads_the_embeddings_is_not_changed_by_the_anchor():
+    # In front of the first linears nothing is compressed yet.
+    anchored, _ = made("llama", ANCHORED)
+    plain, _ = made("llama", WHITENED)
+    first, later = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    one, other = (m.get_submodule(first).weight.materialize() for m in (anchored, plain))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    one, other = (m.get_submodule(later).weight.materialize() for m in (anchored, plain))
+    assert (one - other).norm() > 1e-3 * other.norm()
+
+
+def test_same_data_same_bits():
+    (one, _), (other, _) = made("llama", "anchored_svd"), made("llama", "anchored_svd")
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_padding_does_not_count():
+    model, inputs = tiny_model("llama")
+    batches = batches_of(inputs)
+    padded = []
+    for batch in batches:
+        ids, length = batch["input_ids"], batch["input_ids"].shape[1]
+        ids = torch.cat([ids, torch.full((len(ids), 3), 7)], dim=1)
+        mask = torch.ones_like(ids)
+        mask[:, length:] = 0
+        padded.append({"input_ids": ids, "attention_mask": mask})
+    config = LowRankConfig(method=ANCHORED, **OPTIONS)
+    whole = [{"input_ids": b["input_ids"], "attention_mask": torch.ones_like(b["input_ids"])} for b in batches]
+    one, other = (factorize(copy.deepcopy(model), config, calibration=data) for data in (whole, padded))
+    for name in factorized(one):
+        a, b = (m.get_submodule(name).weight.materialize() for m in (one, other))
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_load_gives_what_factorizing_in_memory_gives(tmp_path):
+    model, inputs = tiny_model("llama")
+    batches = batches_of(inputs)
+    model.save_pretrained(tmp_path)
+    config = LowRankConfig(method="anchored_svd", param_ratio=0.5, rank_multiple=2, calibration=batches)
+    loaded = type(model).from_pretrained(tmp_path, lowrank_config=config)
+    in_memory = factorize(model.eval(), config)
+    loaded.save_pretrained(tmp_path / "factorized")
+    again = type(model).from_pretrained(tmp_path / "factorized")
+    for other in (in_memory, again):
+        for a, b in zip(loaded.state_dict().values(), other.state_dict().values(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_refinement_goes_on_from_anchored_factors():
+    model, inputs = tiny_model("llama")
+    batches = batches_of(inputs)
+    refine = {"name": "blocks", "epochs": 0}
+    refined = factorize(copy.deepcopy(model), LowRankConfig(method=ANCHORED, refine=refine, **OPTIONS), batches)
+    plain = factorize(model, LowRankConfig(method=ANCHORED, **OPTIONS), batches)
+    for a, b in zip(refined.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_saved_statistics_do_not_do(tmp_path):
+    model, inputs = tiny_model("llama")
+    path = tmp_path / "statistics.safetensors"
+    collect_statistics(model, batches_of(inputs), method="anchored_svd").save(path)
+    with pytest.raises(CalibrationError, match="'anchored_svd' compares .* saved statistics; give the data"):
+        factorize(model, LowRankConfig(method="anchored_svd", calibration=str(path)))
+    assert not factorized(model)
+
+
+def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):
+    model, inputs = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calls = []
+
+    def failing(self, weight, rank, stats):
+        calls.append(rank)
+        if len(calls) == 5:
+            raise NonFiniteError("The weight holds NaN.")
+        return WHITENED.factorize(weight, rank, {"input_gram": stats["compressed_gram"]})
+
+    monkeypatch.setattr(AnchoredSVD, "factorize", failing)
+    model.train()
+    with pytest.raises(NonFiniteError, match=r"model\.layers\."):
+        factorize(model, LowRankConfig(method=ANCHORED, **OPTIONS), calibration=batches_of(inputs))
+    assert not factorized(model)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
