@@ -23,6 +23,7 @@ HOMES = {
     "optimum": {"cli"},
     "datasets": {"integrations"},
     "optuna": {"allocation"},
+    "pywt": {"linalg"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
