@@ -19,7 +19,7 @@ LEVEL = {
 }  # fmt: skip
 HOMES = {
     "transformers": {"integrations", "training", "tuners", "testing"},
-    "peft": {"tuners"},
+    "peft": {"tuners", "testing"},
     "optimum": {"cli"},
     "datasets": {"integrations"},
     "optuna": {"allocation"},

@@ -1,0 +1,67 @@
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+
+from ..errors import ConfigError
+from ..formats import FormatLinear
+
+
+class FactorTuner(BaseTuner):
+    """A model with adapters of one kind: PEFT's part of a tuner, alike for all of ours.
+
+    A subclass names its `prefix` and its `tuner_layer_cls`, a [`FactorTunerLinear`] with `update_layer(adapter_name,
+    module_name, config)` and the static `check(module_name, base, config)`, which refuses what `update_layer` could
+    not do.
+    """
+
+    # `target_modules` has a default, so that none have to be guessed from the name of an architecture.
+    target_module_mapping = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        # PEFT would take the factors of a factorized layer for linears of their own.
+        if str(peft_config.target_modules).lower() == "all-linear":
+            inside = {
+                f"{name}.{child}": name
+                for name, module in self.model.named_modules()
+                if isinstance(module, FormatLinear)
+                for child, _ in module.named_modules()
+                if child
+            }
+            expanded = _maybe_include_all_linear_layers(peft_config, self.model)
+            expanded.target_modules = {inside.get(name, name) for name in expanded.target_modules}
+        return peft_config
+
+    def _prepare_model(self, peft_config, model):
+        for name, module in model.named_modules():
+            if name and self._check_target_module_exists(peft_config, name):
+                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                try:
+                    self.tuner_layer_cls.check(name, base, peft_config)
+                except ConfigError as error:
+                    raise type(error)(f"{name}: {error}") from error
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, current_key, peft_config)
+        else:
+            layer = self.tuner_layer_cls(target)
+            layer.update_layer(adapter_name, current_key, peft_config)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading: PEFT would write the weight back, which a factorized layer computes.
+            setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
+        # PEFT looks for `bias` where torch.nn.Linear keeps it.
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        if config.bias != "none":
+            for name, module in model.named_modules():
+                if isinstance(module, cls.tuner_layer_cls) and isinstance(module.get_base_layer(), FormatLinear):
+                    key = f"{name}.base_layer.{module.get_base_layer().bias_name}"
+                    found.update({key: state_dict[key]} if key in state_dict else {})
+        return found
