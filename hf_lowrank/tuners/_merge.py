@@ -8,20 +8,11 @@ from ..errors import NonFiniteError, TargetError
 from ..formats import FormatLinear
 
 
-def merge_into(base, left, right):
-    """Add `left @ right` to the weight of `base`; returns what [`unmerge_from`] needs to restore its bits.
-
-    Subtracting the update again would leave rounding behind, so the weight of a dense layer is kept as it was: one
-    more weight in memory for every merge that may be undone.
-
-    Args:
-        base (`torch.nn.Module`): the layer that the adapter wraps.
-        left (`Tensor`): `(out, R)`, scale included.
-        right (`Tensor`): `(R, in)`.
+def check_mergeable(base):
+    """Refuse a layer whose weight cannot take an update without loss.
 
     Raises:
-        TargetError: the weight of `base` cannot take the update without loss.
-        NonFiniteError: the merged weight would hold NaN or infinite values.
+        TargetError: naming what to do instead.
     """
     if isinstance(base, FormatLinear):
         raise TargetError(
@@ -36,25 +27,43 @@ def merge_into(base, left, right):
             f"{type(base).__name__}, whose weight is computed or quantized. Keep it unmerged, or merge it into the "
             "model before quantization."
         )
-    kept = weight.data
-    merged = add_product(kept, left, right, transposed=isinstance(base, Conv1D))
+
+
+def merge_into(base, left, right):
+    """Add `left @ right` to the weight of `base`; returns what [`unmerge_from`] needs to restore its bits.
+
+    Subtracting the update again would leave rounding behind, so the weight of a dense layer is kept as it was: one
+    more weight in memory for every merge that may be undone.
+
+    Args:
+        base (`torch.nn.Module`): the layer that the adapter wraps.
+        left (`Tensor`): `(out, R)`, scale included.
+        right (`Tensor`): `(R, in)`.
+
+    Raises:
+        TargetError: as for [`check_mergeable`].
+        NonFiniteError: the merged weight would hold NaN or infinite values.
+    """
+    check_mergeable(base)
+    kept = base.weight.data
+    merged = _add_product(kept, left, right, transposed=isinstance(base, Conv1D))
     if not torch.isfinite(merged).all():
         raise NonFiniteError(
             f"The merged weight of shape {tuple(merged.shape)} would hold NaN or infinite values; look for them in "
-            "the adapter, and at its scale. The weight is as it was."
+            "the adapter, and at its scale. This weight is as it was; call `unmerge_adapter` for those merged before."
         )
-    weight.data = merged
+    base.weight.data = merged
     return kept
 
 
 def unmerge_from(base, kept):
     """Undo the last [`merge_into`] of `base`, given what that returned."""
-    weight = base._parameters["weight"]
+    weight = base.weight
     # The model may have been moved or cast in between.
     weight.data = kept.to(weight.device, weight.dtype)
 
 
-def add_product(weight, left, right, transposed):
+def _add_product(weight, left, right, transposed):
     """`weight + left @ right`, computed in float32 or wider, in the weight's dtype and layout."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
     update = left.to(weight.device, wide) @ right.to(weight.device, wide)

@@ -2,6 +2,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 
 from ..errors import ConfigError
 from ..formats import FormatLinear
+from ._merge import check_mergeable
 
 
 class FactorTuner(BaseTuner):
@@ -47,6 +48,16 @@ class FactorTuner(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self):
+        # All layers, before the first is changed.
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, self.tuner_layer_cls):
+                try:
+                    check_mergeable(module.get_base_layer())
+                except ConfigError as error:
+                    raise type(error)(f"{name}: {error}") from error
 
     def _replace_module(self, parent, child_name, new_module, child):
         if hasattr(new_module, "base_layer"):
