@@ -66,13 +66,23 @@ class FactorTuner(BaseTuner):
             # Unloading: PEFT would write the weight back, which a factorized layer computes.
             setattr(parent, child_name, new_module)
 
+    def _mark_only_adapters_as_trainable(self, model):
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter in self.active_adapters:
+            for parameter in _format_biases(model, self.peft_config[adapter].bias).values():
+                parameter.requires_grad_(True)
+
     @classmethod
     def _get_learnable_bias_state_dict(cls, model, state_dict, config):
-        # PEFT looks for `bias` where torch.nn.Linear keeps it.
         found = super()._get_learnable_bias_state_dict(model, state_dict, config)
-        if config.bias != "none":
-            for name, module in model.named_modules():
-                if isinstance(module, cls.tuner_layer_cls) and isinstance(module.get_base_layer(), FormatLinear):
-                    key = f"{name}.base_layer.{module.get_base_layer().bias_name}"
-                    found.update({key: state_dict[key]} if key in state_dict else {})
-        return found
+        return found | {name: state_dict[name] for name in _format_biases(model, config.bias) if name in state_dict}
+
+
+def _format_biases(model, bias):
+    """The biases of factorized layers that `bias` asks for, by name; PEFT knows those of `torch.nn.Linear` only."""
+    return {
+        f"{name}.{module.bias_name}": module.bias
+        for name, module in model.named_modules()
+        if isinstance(module, FormatLinear) and module.bias is not None
+        if bias == "all" or (bias != "none" and name.endswith(".base_layer"))
+    }
