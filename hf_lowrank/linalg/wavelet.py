@@ -37,7 +37,7 @@ def band_sizes(size, levels):
     return {"L": lengths[-1], **{f"H{level}": lengths[level - 1] // 2 for level in range(levels, 0, -1)}}
 
 
-def synthesize(bands, wavelet, size):
+def synthesize(bands, filters, size):
     r"""Rows of coefficients, each row of one band alone, as the vectors they stand for.
 
         out = cat(c_b T_b for b in bands),    T = [T_L; T_Hk; ...; T_H1],    T T^T = I
@@ -46,16 +46,13 @@ def synthesize(bands, wavelet, size):
 
     Args:
         bands (`list[Tensor]`): coefficients `(rows_b, size of b)` in the order of `band_names`; rows may be 0.
-        wavelet (`str`): an orthogonal wavelet of PyWavelets.
+        filters (`tuple`): `(low, high)`, the taps that `wavelet_filters` gives.
         size (`int`): length of the vectors.
 
     Shapes:
         returns `(sum of rows_b, size)`, the rows of the first band first.
-
-    Raises:
-        ConfigError: the wavelet is not orthogonal, or PyWavelets is missing.
     """
-    low, high = wavelet_filters(wavelet)
+    low, high = filters
     lengths = _lengths(size, len(bands) - 1)
     vectors = bands[0]
     for length, details in zip(lengths[-2::-1], bands[1:], strict=True):
@@ -104,12 +101,15 @@ def _upsample(x, taps):
     y[i] = sum_k x[k] taps[i - 2 k + centre],    centre = taps / 2 - 1,    indices modulo the lengths
     """
     rows, size = x.shape
-    first, kernel = _kernel(taps, size, x.dtype, x.device)
+    # A constant that is made while the call is traced belongs to the trace, and must not be kept.
+    traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    first, kernel = (_kernel.__wrapped__ if traced else _kernel)(taps, size, x.dtype, x.device)
     width = len(kernel)
     if width == 1:
         return (x[:, :, None] * kernel[0]).reshape(rows, 2 * size)
     x = torch.cat([x[:, size + first :], x, x[:, : first + width - 1]], 1)
-    return (x.unfold(1, width, 1) @ kernel).reshape(rows, 2 * size)
+    # One product of two matrices; a batch of tiny ones is several times slower.
+    return (x.unfold(1, width, 1).reshape(-1, width) @ kernel).reshape(rows, 2 * size)
 
 
 @functools.lru_cache(maxsize=256)

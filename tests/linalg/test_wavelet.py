@@ -3,15 +3,16 @@
 import pytest
 import pywt
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_lowrank.errors import ConfigError
-from hf_lowrank.linalg.wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize
+from hf_lowrank.linalg.wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 
 
 def transform(size, levels, wavelet="haar"):
     """The matrix T: rows are what single coefficients stand for."""
     bands = [torch.eye(n, dtype=torch.float64) for n in band_sizes(size, levels).values()]
-    return synthesize(bands, wavelet, size)
+    return synthesize(bands, wavelet_filters(wavelet), size)
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2", "sym4", "coif1", "db10"])
@@ -54,14 +55,22 @@ def test_gradients_and_empty_bands():
     bands = [torch.randn(rows, n, dtype=torch.float64) for rows, n in zip((2, 0, 1), (4, 4, 7), strict=True)]
     for band in bands:
         band.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *some: synthesize(list(some), "db2", 15), bands)
+    assert torch.autograd.gradcheck(lambda *some: synthesize(list(some), wavelet_filters("db2"), 15), bands)
     with torch.inference_mode():
-        synthesize([torch.ones(1, 6), torch.ones(1, 6)], "sym2", 12)
-    synthesize([torch.ones(1, 6, requires_grad=True), torch.ones(1, 6)], "sym2", 12).sum().backward()
+        synthesize([torch.ones(1, 6), torch.ones(1, 6)], wavelet_filters("sym2"), 12)
+    bands = [torch.ones(1, 6, requires_grad=True), torch.ones(1, 6)]
+    synthesize(bands, wavelet_filters("sym2"), 12).sum().backward()
+
+
+def test_tracing_leaves_no_fake_constants_behind():
+    filters = wavelet_filters("db4")
+    with FakeTensorMode():
+        synthesize([torch.ones(1, 9), torch.ones(1, 9)], filters, 18)
+    assert type(synthesize([torch.ones(1, 9), torch.ones(1, 9)], filters, 18)) is torch.Tensor
 
 
 def test_wavelets_that_are_not_orthogonal_are_refused():
     assert {"haar", "db2", "sym8", "coif3"} <= set(orthogonal_wavelets())
     for name in ("bior2.2", "dmey", "wavelet", None):
         with pytest.raises(ConfigError, match=r"`wavelet`=.* is not an orthogonal wavelet .* \['coif1', "):
-            synthesize([torch.ones(1, 2), torch.ones(1, 2)], name, 4)
+            wavelet_filters(name)

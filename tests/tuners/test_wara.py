@@ -9,7 +9,7 @@ from torch import nn
 
 import hf_lowrank
 from hf_lowrank import ConfigError, RankError, TargetError, WaraConfig, factorize
-from hf_lowrank.linalg import band_sizes, synthesize
+from hf_lowrank.linalg import band_sizes, synthesize, wavelet_filters
 from hf_lowrank.testing import tiny_model
 from hf_lowrank.tuners.wara import WaraLinear, to_lora
 
@@ -20,7 +20,7 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 
 def transform(size, levels=1, wavelet="haar"):
     bands = [torch.eye(n, dtype=torch.float64) for n in band_sizes(size, levels).values()]
-    return synthesize(bands, wavelet, size)
+    return synthesize(bands, wavelet_filters(wavelet), size)
 
 
 def adapted(out_features, in_features, **options):
@@ -114,6 +114,18 @@ def test_rank_and_parameters_beside_lora():
     layer, b, a = adapted(48, 40)
     assert torch.linalg.matrix_rank(delta(layer)) == 16, "the sum of the ranks of the four pairs"
     assert sum(table.numel() for table in (*b.values(), *a.values())) == 8 * (48 + 40), "as many as LoRA at r = 8"
+
+
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_compiles_without_a_graph_break(wavelet):
+    layer, _, _ = adapted(17, 10, wavelet=wavelet, r=2, subband_gains={"L:L": 2.0})
+    x = torch.randn(3, 10, dtype=torch.float64)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), layer(x), **EXACT)
+    # An optimizer step is seen: nothing of the lifted factors is kept from one call to the next.
+    nn.init.ones_(layer.wara_B["default"]["L"])
+    torch.testing.assert_close(compiled(x), layer(x), **EXACT)
 
 
 def test_scale():

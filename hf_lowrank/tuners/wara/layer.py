@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ...errors import RankError
-from ...linalg import band_names, band_sizes, synthesize
+from ...linalg import band_names, band_sizes, synthesize, wavelet_filters
 from .._layer import FactorTunerLinear, linear_shape
 
 
@@ -84,7 +84,7 @@ class Layout:
     """
 
     def __init__(self, config, module_name, out_features, in_features):
-        self.wavelet = config.wavelet
+        self.filters = wavelet_filters(config.wavelet)
         self.shared = config.share_subbands
         self.ranks = config.ranks_for(module_name)
         self.outputs = band_sizes(out_features, config.levels)
@@ -111,7 +111,7 @@ class Layout:
         else:
             like = next(iter(tables.values()))
             bands = [tables[band] if band in tables else like.new_empty(0, size) for band, size in sizes.items()]
-        return synthesize(bands, self.wavelet, sum(sizes.values()))
+        return synthesize(bands, self.filters, sum(sizes.values()))
 
     def ordered(self, rows, scale):
         """Rows by output band as rows by input band, times `scale` and the gain of their pair."""
