@@ -1,6 +1,7 @@
 import math
 import re
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
@@ -12,6 +13,8 @@ from ._register import extend_peft_type, saved_type
 @dataclass
 class TunerConfig(PeftConfig):
     """What all our tuners take, by the names and with the meaning that `peft.LoraConfig` gives them.
+
+    `name` is set by [`register_tuner`].
 
     Args:
         r (`int`): rank.
@@ -33,6 +36,7 @@ class TunerConfig(PeftConfig):
         ConfigError: a value that is not allowed.
     """
 
+    name: ClassVar[str]
     r: int = 8
     lora_alpha: float = 8
     lora_dropout: float = 0.0

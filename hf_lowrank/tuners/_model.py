@@ -31,8 +31,9 @@ class FactorTuner(BaseTuner):
         return peft_config
 
     def _prepare_model(self, peft_config, model):
+        inside = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
-            if name and self._check_target_module_exists(peft_config, name):
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
                 base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
                 try:
                     self.tuner_layer_cls.check(name, base, peft_config)

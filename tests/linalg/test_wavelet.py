@@ -1,5 +1,7 @@
 """The transform is orthogonal at every length, and is PyWavelets' own where that is defined."""
 
+import sys
+
 import pytest
 import pywt
 import torch
@@ -74,3 +76,11 @@ def test_wavelets_that_are_not_orthogonal_are_refused():
     for name in ("bior2.2", "dmey", "wavelet", None):
         with pytest.raises(ConfigError, match=r"`wavelet`=.* is not an orthogonal wavelet .* \['coif1', "):
             wavelet_filters(name)
+
+
+def test_without_pywavelets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pywt", None)
+    for cached in (orthogonal_wavelets, wavelet_filters):
+        cached.cache_clear()
+    with pytest.raises(ConfigError, match=r'needs PyWavelets, .* `pip install "hf-lowrank\[peft\]"`'):
+        wavelet_filters("haar")

@@ -35,9 +35,10 @@ class WaraConfig(TunerConfig):
         subband_gains (`dict[str, float]`, *optional*): fixed factors g of single pairs, 1 for the others.
         share_subbands (`bool`, defaults to `False`): one B and one A for all bands,
             `W' = W + s T^T blockdiag(g_L B A, g_H B A) T`, with about `r (out + in) / 2` parameters and an update of
-            rank 2 r. Needs `levels=1`. With a wavelet of two taps (`"haar"`, `"db1"`, `"sym2"` has four) and equal
-            gains the wavelet cancels: the update is the Kronecker product of BA with the 2 x 2 identity, a LoRA that
-            treats even and odd features alike, and a warning says so.
+            rank 2 r. Needs `levels=1`. With the two taps of `"haar"` the update is the Kronecker product of B A and
+            `[[g_L + g_H, g_L - g_H], [g_L - g_H, g_L + g_H]] / 2` (but for the last feature of an odd side). With
+            equal gains that is a multiple of the identity: the wavelet cancels, even and odd features get the same
+            LoRA, and a warning says so.
         lora_alpha (`float`, defaults to 4): above 0; with `use_rslora`, s = lora_alpha / sqrt(max r_oi).
         mode (`str`, defaults to `"weight"`): the only one. A transform over tokens (`"grid"`) is refused: shared by
             all bands it is LoRA, as both are linear and commute; with a gain or an adapter a band it cannot be merged
