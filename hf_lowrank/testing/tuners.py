@@ -53,7 +53,7 @@ def check_tuner(config_cls, **options):
         options: of every configuration made here.
     """
     for base in BASES:
-        _check_base(*adapter_base(*base), config_cls(target_modules="all-linear", **options))
+        _check_base(base, config_cls(target_modules="all-linear", **options))
     _check_adapters(config_cls, options)
     _check_conversion(config_cls, options)
     _check_training(config_cls, options)
@@ -62,7 +62,8 @@ def check_tuner(config_cls, **options):
         _check_bfloat16(config_cls, options, cast)
 
 
-def _check_base(model, inputs, config):
+def _check_base(base, config):
+    model, inputs = adapter_base(*base)
     before = logits(model, inputs)
     count = len(dict(model.named_modules()))
     model = peft.get_peft_model(model, config)
@@ -85,6 +86,10 @@ def _check_base(model, inputs, config):
         torch.testing.assert_close(logits(copy.deepcopy(model).merge_and_unload(), inputs), adapted, **CLOSE)
     except TargetError:
         pass
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        again = peft.PeftModel.from_pretrained(adapter_base(*base)[0], folder)
+    assert torch.equal(logits(again, inputs), adapted)
     plain = model.unload()
     assert len(dict(plain.named_modules())) == count
     assert torch.equal(logits(plain, inputs), before)
