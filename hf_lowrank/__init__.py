@@ -1,7 +1,7 @@
 """hf_lowrank: make Hugging Face models smaller by factorizing their weights.
 
 Importing this package registers everything with transformers; `from_pretrained(..., lowrank_config=LowRankConfig())`
-then factorizes while it loads.
+then factorizes while it loads. The names in `NEED_PEFT` are imported with PEFT, on first use.
 """
 
 from .allocation import ALLOCATORS, Allocator, Candidate, Probe, register_allocator
@@ -23,6 +23,7 @@ from .errors import (
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
 from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
 from .integrations import Calibration, LowRankConfig, LowRankQuantizer, collect_statistics, factorize, to_dense
+from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .recipe import Recipe
@@ -81,3 +82,23 @@ __all__ = [
     "summary",
     "to_dense",
 ]
+
+NEED_PEFT = ("WaraConfig", "WaraModel")
+
+register_tuners()
+
+
+def __getattr__(name):
+    if name not in NEED_PEFT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import tuners
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError(f"{name} needs PEFT, which is not installed: `pip install 'hf-lowrank[peft]'`.") from error
+    return getattr(tuners, name)
+
+
+def __dir__():
+    return sorted({*globals(), *NEED_PEFT})

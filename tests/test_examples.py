@@ -97,6 +97,14 @@ def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
     assert recipe["calibration"]["data"] == "self"
 
 
+def test_adapter_speed():
+    pytest.importorskip("peft", reason="peft is not installed")
+    done = run(sys.executable, "examples/benchmarks/adapter_speed.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(\w[\w, ]*?) {2,}(\d\.\d{3})", done.stdout, re.M))
+    assert rows == dict.fromkeys(("lora", "wara", "wara, db4", "wara, db4, shared"), "1.000"), "equal parameters"
+
+
 @pytest.mark.real
 def test_quality(tmp_path):
     data = Path(os.environ.get("HF_LOWRANK_DATA", ROOT.parent / "shared" / "data"))

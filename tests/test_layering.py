@@ -19,10 +19,11 @@ LEVEL = {
 }  # fmt: skip
 HOMES = {
     "transformers": {"integrations", "training", "tuners", "testing"},
-    "peft": {"tuners"},
+    "peft": {"tuners", "testing"},
     "optimum": {"cli"},
     "datasets": {"integrations"},
     "optuna": {"allocation"},
+    "pywt": {"linalg"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

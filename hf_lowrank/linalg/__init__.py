@@ -4,12 +4,16 @@ from .blocks import times
 from .pivoting import row_basis
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
 from .svd import balanced, require_finite, singular_energies, truncated_svd
+from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
 
 
 __all__ = [
     "balanced",
+    "band_names",
+    "band_sizes",
     "column_weighted",
+    "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
     "psd_safe_cholesky",
@@ -18,6 +22,8 @@ __all__ = [
     "row_basis",
     "shrink",
     "singular_energies",
+    "synthesize",
     "times",
     "truncated_svd",
+    "wavelet_filters",
 ]

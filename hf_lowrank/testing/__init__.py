@@ -1,4 +1,4 @@
-"""Checks that third parties can run on their own methods, formats and allocators, and tiny models to run them on."""
+"""Checks that third parties can run on their own methods, formats, allocators and tuners, and tiny models for them."""
 
 from .allocators import SyntheticProbe, check_allocator
 from .formats import check_format
@@ -13,8 +13,18 @@ __all__ = [
     "check_allocator",
     "check_format",
     "check_method",
+    "check_tuner",
     "make_gram",
     "make_inputs",
     "make_weight",
     "tiny_model",
 ]
+
+
+def __getattr__(name):
+    # PEFT is optional.
+    if name == "check_tuner":
+        from .tuners import check_tuner
+
+        return check_tuner
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

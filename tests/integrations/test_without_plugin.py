@@ -1,13 +1,10 @@
 """Nobody ever gets random weights: with the package installed it loads itself, without it loading stops."""
 
 import json
-import os
-import subprocess
-import sys
-import sysconfig
 
 import pytest
 import torch
+from processes import run, run_without
 
 from hf_lowrank import LowRankConfig
 from hf_lowrank.integrations.guard import GUARD
@@ -24,27 +21,7 @@ assert not info["missing_keys"] and not info["unexpected_keys"], info
 print(type(model.get_submodule({name!r})).__name__)
 print(repr(model(input_ids=torch.arange(3, 10)[None])[0].double().sum().item()))
 """
-NO_SITE = """
-import sys, types
-sys.path.insert(0, {site!r})
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("hf_lowrank", "_hf_lowrank_autoload"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-"""
-
-
-def run(code, *options, **environment):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *options, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def run_without_plugin(code):
-    """In an interpreter that reads no .pth file and finds neither the package nor its start-up hook."""
-    return run(NO_SITE.format(site=sysconfig.get_paths()["purelib"]) + code, "-S")
+OURS = ("hf_lowrank", "_hf_lowrank_autoload")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +59,7 @@ def test_opting_out_stops_with_an_instruction(checkpoint, auto):
 @pytest.mark.parametrize("auto", ["AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM"])
 def test_without_the_package_loading_stops_with_an_instruction(checkpoint, auto):
     folder, _ = checkpoint
-    done = run_without_plugin(LOAD.format(auto=auto, folder=str(folder / "small"), name=""))
+    done = run_without(OURS, LOAD.format(auto=auto, folder=str(folder / "small"), name=""))
     assert done.returncode == 1
     assert "ValueError" in done.stderr
     assert "this checkpoint is factorized, run `pip install hf-lowrank`" in done.stderr

@@ -1,0 +1,70 @@
+"""Write an adapter's update into a layer, and take it out again, bit for bit."""
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import NonFiniteError, TargetError
+from ..formats import FormatLinear
+
+
+def check_mergeable(base):
+    """Refuse a layer whose weight cannot take an update without loss.
+
+    Raises:
+        TargetError: naming what to do instead.
+    """
+    if isinstance(base, FormatLinear):
+        raise TargetError(
+            f"An adapter cannot be merged into the factors of a {type(base).__name__} yet. Keep it unmerged, or make "
+            "the model dense with hf_lowrank.to_dense(model) before the adapter is added."
+        )
+    weight = base._parameters.get("weight")
+    plain = weight is not None and type(weight.data) is torch.Tensor and weight.dtype.is_floating_point
+    if not isinstance(base, (nn.Linear, Conv1D)) or not plain:
+        raise TargetError(
+            f"An adapter can be merged into a floating-point weight of torch.nn.Linear or Conv1D, not into this "
+            f"{type(base).__name__}, whose weight is computed or quantized. Keep it unmerged, or merge it into the "
+            "model before quantization."
+        )
+
+
+def merge_into(base, left, right):
+    """Add `left @ right` to the weight of `base`; returns what [`unmerge_from`] needs to restore its bits.
+
+    Subtracting the update again would leave rounding behind, so the weight of a dense layer is kept as it was: one
+    more weight in memory for every merge that may be undone.
+
+    Args:
+        base (`torch.nn.Module`): the layer that the adapter wraps.
+        left (`Tensor`): `(out, R)`, scale included.
+        right (`Tensor`): `(R, in)`.
+
+    Raises:
+        TargetError: as for [`check_mergeable`].
+        NonFiniteError: the merged weight would hold NaN or infinite values.
+    """
+    check_mergeable(base)
+    kept = base.weight.data
+    merged = _add_product(kept, left, right, transposed=isinstance(base, Conv1D))
+    if not torch.isfinite(merged).all():
+        raise NonFiniteError(
+            f"The merged weight of shape {tuple(merged.shape)} would hold NaN or infinite values; look for them in "
+            "the adapter, and at its scale. This weight is as it was; call `unmerge_adapter` for those merged before."
+        )
+    base.weight.data = merged
+    return kept
+
+
+def unmerge_from(base, kept):
+    """Undo the last [`merge_into`] of `base`, given what that returned."""
+    weight = base.weight
+    # The model may have been moved or cast in between.
+    weight.data = kept.to(weight.device, weight.dtype)
+
+
+def _add_product(weight, left, right, transposed):
+    """`weight + left @ right`, computed in float32 or wider, in the weight's dtype and layout."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, left.dtype), torch.float32)
+    update = left.to(weight.device, wide) @ right.to(weight.device, wide)
+    return (weight.to(wide) + (update.T if transposed else update)).to(weight.dtype)

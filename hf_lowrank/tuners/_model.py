@@ -1,0 +1,89 @@
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+
+from ..errors import ConfigError
+from ..formats import FormatLinear
+from ._merge import check_mergeable
+
+
+class FactorTuner(BaseTuner):
+    """A model with adapters of one kind: PEFT's part of a tuner, alike for all of ours.
+
+    A subclass names its `prefix` and its `tuner_layer_cls`, a [`FactorTunerLinear`] with `update_layer(adapter_name,
+    module_name, config)` and the static `check(module_name, base, config)`, which refuses what `update_layer` could
+    not do.
+    """
+
+    # `target_modules` has a default, so that none have to be guessed from the name of an architecture.
+    target_module_mapping = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        # PEFT would take the factors of a factorized layer for linears of their own.
+        if str(peft_config.target_modules).lower() == "all-linear":
+            inside = {
+                f"{name}.{child}": name
+                for name, module in self.model.named_modules()
+                if isinstance(module, FormatLinear)
+                for child, _ in module.named_modules()
+                if child
+            }
+            expanded = _maybe_include_all_linear_layers(peft_config, self.model)
+            expanded.target_modules = {inside.get(name, name) for name in expanded.target_modules}
+        return peft_config
+
+    def _prepare_model(self, peft_config, model):
+        inside = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for name, module in model.named_modules():
+            if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
+                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                try:
+                    self.tuner_layer_cls.check(name, base, peft_config)
+                except ConfigError as error:
+                    raise type(error)(f"{name}: {error}") from error
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, current_key, peft_config)
+        else:
+            layer = self.tuner_layer_cls(target)
+            layer.update_layer(adapter_name, current_key, peft_config)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self):
+        # All layers, before the first is changed.
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, self.tuner_layer_cls):
+                try:
+                    check_mergeable(module.get_base_layer())
+                except ConfigError as error:
+                    raise type(error)(f"{name}: {error}") from error
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading: PEFT would write the weight back, which a factorized layer computes.
+            setattr(parent, child_name, new_module)
+
+    def _mark_only_adapters_as_trainable(self, model):
+        super()._mark_only_adapters_as_trainable(model)
+        for adapter in self.active_adapters:
+            for parameter in _format_biases(model, self.peft_config[adapter].bias).values():
+                parameter.requires_grad_(True)
+
+    @classmethod
+    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
+        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
+        return found | {name: state_dict[name] for name in _format_biases(model, config.bias) if name in state_dict}
+
+
+def _format_biases(model, bias):
+    """The biases of factorized layers that `bias` asks for, by name; PEFT knows those of `torch.nn.Linear` only."""
+    return {
+        f"{name}.{module.bias_name}": module.bias
+        for name, module in model.named_modules()
+        if isinstance(module, FormatLinear) and module.bias is not None
+        if bias == "all" or (bias != "none" and name.endswith(".base_layer"))
+    }

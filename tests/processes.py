@@ -1,0 +1,31 @@
+"""Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+
+
+# The packages of this environment, without its .pth files; and none of ours, unless `sys.path` is told where.
+ABSENT = """
+import sys
+sys.path.append({site!r})
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def run(code, *options, **environment):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *options, "-c", code], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def run_without(absent, code, **environment):
+    """In an interpreter that reads no .pth file and cannot import the packages `absent`."""
+    head = ABSENT.format(site=sysconfig.get_paths()["purelib"], absent=tuple(absent))
+    return run(head + code, "-S", **environment)
