@@ -1,4 +1,4 @@
-"""Factorization against the compressed prefix: better than without, on any architecture, and nothing lost on the way."""
+"""Factorization against the compressed prefix: better than without, on any architecture, and nothing is lost."""
 
 import copy
 
