@@ -1,0 +1,287 @@
+"""Adapters of equal size on factorized models: how much of the quality each brings back.
+
+    PYTHONPATH=examples python examples/benchmarks/adapters.py [--data DIR] [--tasks sst2 mrpc rte wikipedia]
+        [--ratios 0.6 0.4] [--adapters lora waveft ...] [--seeds 5] [--steps 60] [--table]
+
+MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is factorized and trained on Wikipedia.
+Every adapter gets the data in the same order and has as many trainable parameters as LoRA of rank 8, the new
+classifier excepted, which all train. The training sets are subsampled: a run sees `steps` batches of 32 sentences, or
+of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped;
+`--table` prints what is there as Markdown and runs nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import tempfile
+from pathlib import Path
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import peft
+import torch
+from scipy import stats
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from benchmarks import setups
+from hf_lowrank import LowRankConfig, WaraConfig, evaluation, factorize
+
+
+RESULTS = Path(__file__).parent / "results" / "adapters"
+DATA = Path(os.environ.get("HF_LOWRANK_DATA", "../shared/data"))
+GLUE = {"sst2": ("sentence", None), "mrpc": ("sentence1", "sentence2"), "rte": ("sentence1", "sentence2")}
+LANGUAGE = "wikipedia"
+RANK, LENGTH, BATCH = 8, 96, 32
+WINDOW, WINDOWS = 256, 2
+# Every linear of the repeated blocks.
+INSIDE = r".*\.layers?\.\d+\..*\.(query|key|value|dense|[qkvo]_proj|gate_proj|up_proj|down_proj)"
+
+
+def targets(model):
+    """`{name: (out, in)}` of the layers that are adapted."""
+    found = {}
+    for name, module in model.named_modules():
+        if re.fullmatch(INSIDE, name) and hasattr(module, "in_features"):
+            found[name] = module.out_features, module.in_features
+    return found
+
+
+def waveft(model, common):
+    """WaveFT with r (out + in) coefficients a weight."""
+    counts = {name: RANK * sum(shape) for name, shape in targets(model).items()}
+    return peft.WaveFTConfig(n_frequency=1, n_frequency_pattern=counts, **common)
+
+
+# How an adapter is configured, and the learning rate that is usual for it.
+ADAPTERS = {
+    "lora": (lambda model, common: peft.LoraConfig(r=RANK, lora_alpha=RANK, **common), 1e-3),
+    "waveft": (waveft, 1e-3),
+    "wara": (lambda model, common: WaraConfig(r=RANK // 2, lora_alpha=RANK // 2, wavelet="db4", **common), 1e-3),
+    "wara, shared": (
+        lambda model, common: WaraConfig(
+            r=2 * RANK, lora_alpha=2 * RANK, wavelet="db4", share_subbands=True, **common
+        ),
+        1e-3,
+    ),
+}
+
+
+def read(path):
+    """The rows of a JSON-lines file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+class Classification:
+    """One GLUE task on MiniLM."""
+
+    metric, better = "accuracy", "higher"
+
+    def __init__(self, name, data):
+        self.where = str(setups.minilm())
+        self.tokenizer = AutoTokenizer.from_pretrained(self.where)
+        self.train, self.validation = (
+            [self._encoded(row, GLUE[name]) for row in read(data / "glue" / name / f"{part}.jsonl")]
+            for part in ("train", "validation")
+        )
+        self.collator = DataCollatorWithPadding(self.tokenizer)
+        self.batch = BATCH
+
+    def _encoded(self, row, keys):
+        sentences = [row[key] for key in keys if key is not None]
+        return {**self.tokenizer(*sentences, truncation=True, max_length=LENGTH), "labels": row["label"]}
+
+    def factorized(self, ratio, folder):
+        """Save the factorized encoder, calibrated on unlabelled training sentences."""
+        rows = [{k: v for k, v in row.items() if k != "labels"} for row in self.train[:512]]
+        batches = [dict(self.collator(rows[i : i + BATCH])) for i in range(0, len(rows), BATCH)]
+        model = AutoModel.from_pretrained(self.where)
+        factorize(model, LowRankConfig(param_ratio=ratio), calibration=batches).save_pretrained(folder)
+
+    def load(self, folder):
+        """The model that is trained; its classifier is new."""
+        return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+
+    common = {"target_modules": INSIDE, "modules_to_save": ["classifier"]}
+
+    @torch.no_grad()
+    def score(self, model):
+        """Accuracy on the whole validation set."""
+        model.eval()
+        rows = sorted(self.validation, key=lambda row: len(row["input_ids"]))
+        right = 0
+        for start in range(0, len(rows), 2 * BATCH):
+            batch = self.collator(rows[start : start + 2 * BATCH])
+            labels = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(-1) == labels).sum())
+        return right / len(rows)
+
+
+class Language:
+    """Recovery of a language model on Wikipedia text."""
+
+    metric, better = "perplexity", "lower"
+    common = {"target_modules": INSIDE}
+
+    def __init__(self, name, data):
+        self.where, _ = setups.smollm2()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.where)
+        text = {
+            part: "\n\n".join(row["text"] for row in read(data / "calib_wikipedia" / f"{part}.jsonl")[:rows])
+            for part, rows in (("train", 4000), ("validation", 200))
+        }
+        ids = {part: self.tokenizer(t, return_tensors="pt")["input_ids"][0] for part, t in text.items()}
+        windows = ids["train"].split(WINDOW)[:-1]
+        self.train = [{"input_ids": window, "labels": window} for window in windows]
+        self.validation = ids["validation"]
+        self.collator = default_data_collator
+        self.batch = WINDOWS
+
+    def factorized(self, ratio, folder):
+        """Save the factorized model, calibrated on its own samples."""
+        model = AutoModelForCausalLM.from_pretrained(self.where, dtype=torch.float32)
+        factorize(model, LowRankConfig(param_ratio=ratio), tokenizer=self.tokenizer).save_pretrained(folder)
+
+    def load(self, folder):
+        """The model that is trained."""
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def score(self, model):
+        """Perplexity of 8 windows of held-out paragraphs."""
+        return evaluation.perplexity(model.eval(), self.validation, window=512, windows=8).perplexity
+
+
+def train(task, model, rate, seed, steps, folder):
+    """Run `steps` batches in the order that `seed` gives."""
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=task.batch,
+        learning_rate=rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, steps // 10),
+        weight_decay=0.0,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    Trainer(model, arguments, train_dataset=task.train, data_collator=task.collator).train()
+
+
+def one_run(task, folder, name, seed, steps, scratch):
+    """`{"score", "before", "parameters"}` of one adapter under one seed."""
+    make, rate = ADAPTERS[name]
+    set_seed(seed)
+    model = task.load(folder)
+    # The classifier is drawn before the adapter, so that all adapters of a seed start from the same one.
+    model = peft.get_peft_model(model, make(model, task.common))
+    before = task.score(model)
+    trainable = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
+    set_seed(seed)
+    train(task, model, rate, seed, steps, scratch)
+    return {"before": before, "score": task.score(model), "parameters": trainable}
+
+
+def measure(name, ratio, adapters, seeds, steps, data):
+    """Fill in the runs that results/adapters/<name>-<ratio>.json lacks."""
+    path = RESULTS / f"{name}-{ratio:g}.json"
+    task = (Language if name == LANGUAGE else Classification)(name, data)
+    facts = {"task": name, "ratio": ratio, "steps": steps, "batch": task.batch, "metric": task.metric}
+    found = json.loads(path.read_text()) if path.exists() else {**facts, "better": task.better, "runs": {}}
+    if any(found[key] != value for key, value in facts.items()):
+        raise SystemExit(f"{path} was measured otherwise ({found['steps']} steps); remove it to measure again.")
+    wanted = [(seed, a) for seed in range(seeds) for a in adapters if str(seed) not in found["runs"].get(a, {})]
+    if not wanted:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "factorized"
+        set_seed(0)
+        task.factorized(ratio, folder)
+        for seed, adapter in wanted:
+            run = one_run(task, folder, adapter, seed, steps, scratch)
+            found["runs"].setdefault(adapter, {})[str(seed)] = run
+            found["environment"] = evaluation.environment()
+            write(path, found)
+            print(f"{name} {ratio:g} {adapter} {seed}: {run['before']:.4g} -> {run['score']:.4g}", flush=True)
+
+
+def write(path, found):
+    """Replace a result file in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def compared(runs, baseline):
+    """`(mean difference, half width of its 95 % interval)` over the seeds both have; `None` with fewer than two."""
+    both = sorted(runs.keys() & baseline.keys())
+    if len(both) < 2:
+        return None
+    differences = [runs[seed]["score"] - baseline[seed]["score"] for seed in both]
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * spread
+
+
+def table(folder=RESULTS):
+    """Markdown: mean and deviation over seeds, and the paired difference from LoRA with its 95 % interval."""
+    lines = ["| task | kept | adapter | seeds | parameters | mean | deviation | minus LoRA |"]
+    lines.append("|---|--:|---|--:|--:|--:|--:|--:|")
+    for path in sorted(Path(folder).glob("*.json")):
+        found = json.loads(path.read_text())
+        baseline = found["runs"].get("lora", {})
+        for name, runs in found["runs"].items():
+            scores = [run["score"] for run in runs.values()]
+            deviation = f"{statistics.stdev(scores):.3g}" if len(scores) > 1 else ""
+            difference = None if name == "lora" else compared(runs, baseline)
+            said = ""
+            if difference is not None:
+                mean, half = difference
+                said = f"{mean:+.3g} ± {half:.2g}" + (" (no difference shown)" if abs(mean) <= half else "")
+            parameters = next(iter(runs.values()))["parameters"]
+            lines.append(
+                f"| {found['task']} ({found['metric']}) | {found['ratio']:g} | {name} | {len(scores)} | {parameters} "
+                f"| {statistics.mean(scores):.4g} | {deviation} | {said} |"
+            )
+    return "\n".join(lines)
+
+
+def main():
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--tasks", nargs="+", default=[*GLUE, LANGUAGE], choices=[*GLUE, LANGUAGE])
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.6, 0.4])
+    parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if not asked.table:
+        for task in asked.tasks:
+            for ratio in asked.ratios if task != LANGUAGE else [max(asked.ratios)]:
+                measure(task, ratio, asked.adapters, asked.seeds, asked.steps, asked.data)
+    print(table())
+
+
+if __name__ == "__main__":
+    main()
