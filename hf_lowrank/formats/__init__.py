@@ -3,7 +3,7 @@
 import sys
 
 from ..registry import import_submodules
-from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, register_format
+from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, exact_factors, plain, register_format
 from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
@@ -20,5 +20,7 @@ __all__ = [
     "SharedBasisLinear",
     "as_parameter",
     "check_rank",
+    "exact_factors",
+    "plain",
     "register_format",
 ]

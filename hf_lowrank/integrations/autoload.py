@@ -25,10 +25,14 @@ class LazyTable(dict):
 
 
 class Finder:
-    """Lets the import of one module go its ordinary way, then swaps its table."""
+    """Lets the import of the module `target` go its ordinary way, then calls `after` with it."""
+
+    def __init__(self, target, after):
+        self.target = target
+        self.after = after
 
     def find_spec(self, name, path=None, target=None):
-        if name != TARGET:
+        if name != self.target:
             return None
         sys.meta_path.remove(self)
         # Imported only now: it would be the slowest part of starting an interpreter.
@@ -41,16 +45,21 @@ class Finder:
 
         def exec_module(module):
             execute(module)
-            table = getattr(module, TABLE, None)
-            if type(table) is dict:
-                setattr(module, TABLE, LazyTable(table))
+            self.after(module)
 
         spec.loader.exec_module = exec_module
         return spec
+
+
+def swap_table(module):
+    """Put a [`LazyTable`] in the place of the table of quantization configs."""
+    table = getattr(module, TABLE, None)
+    if type(table) is dict:
+        setattr(module, TABLE, LazyTable(table))
 
 
 def install():
     """Put the finder in front, once, unless the user opted out or transformers is there already."""
     off = os.environ.get("HF_LOWRANK_AUTOLOAD", "1").lower() in ("0", "false", "off", "no")
     if not off and TARGET not in sys.modules and not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
+        sys.meta_path.insert(0, Finder(TARGET, swap_table))
