@@ -3,6 +3,7 @@
 import sys
 
 from ..registry import import_submodules
+from ._face import LinearFace, put_face_on, take_face_off
 from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, exact_factors, plain, register_format
 from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
@@ -15,6 +16,7 @@ __all__ = [
     "FORMATS",
     "DenseView",
     "FormatLinear",
+    "LinearFace",
     "LowRankLinear",
     "PivotedLinear",
     "SharedBasisLinear",
@@ -22,5 +24,7 @@ __all__ = [
     "check_rank",
     "exact_factors",
     "plain",
+    "put_face_on",
     "register_format",
+    "take_face_off",
 ]

@@ -26,7 +26,9 @@ class LinearFace:
         if name == "weight" and not (isinstance(value, DenseView) and value.layer is self):
             raise ComputedWeightError(f"Assigning `weight` {LOST}")
         if name == "bias" and value is not self.bias:
-            raise ComputedWeightError(f"Assigning `bias` of a factorized layer is not supported; set {self.bias_name}.")
+            raise ComputedWeightError(
+                f"Assigning `bias` of a factorized layer is not supported; set {self.bias_name}."
+            )
         if name not in ("weight", "bias"):
             super().__setattr__(name, value)
 

@@ -30,5 +30,7 @@ __all__ = [
     "conv1d",
     "experts",
     "factorize",
+    "residual_adapter",
     "to_dense",
+    "train_only",
 ]

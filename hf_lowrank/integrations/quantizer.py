@@ -14,7 +14,8 @@ from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..errors import CalibrationError, CheckpointError, ResourceError
+from ..errors import CalibrationError, CheckpointError, ResourceError, TargetError
+from ..formats import LinearFace
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
 from ..statistics import STATISTICS
@@ -246,6 +247,8 @@ class LowRankQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         # Ranks may have changed since loading; what is written must describe what is saved. This runs before the
         # config is written.
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            refuse_adapters(model, "save the PEFT model, or call merge_and_unload()")
         self.quantization_config.modules = specs(model)
         return None, {}
 
@@ -272,6 +275,7 @@ class LowRankQuantizer(HfQuantizer):
 
 def multiply_out(model):
     """Put dense layers in the place of all factorized ones, biases that were added included."""
+    refuse_adapters(model, "call merge_and_unload() or unload()")
     found = factorized(model)
     added = [name for name, kind in found.items() if kind.added_bias(model, name)]
     for name, kind in found.items():
@@ -284,6 +288,13 @@ def multiply_out(model):
             len(added),
             added[0],
         )
+
+
+def refuse_adapters(model, cure):
+    """Raise [`TargetError`] if a factorized layer of `model` carries adapters."""
+    name = next((name for name, module in model.named_modules() if isinstance(module, LinearFace)), None)
+    if name is not None:
+        raise TargetError(f"{name.removesuffix('.base_layer')} carries adapters; {cure} first.")
 
 
 def detach(model):

@@ -12,8 +12,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 
 from ...errors import ComputedWeightError, ConfigError
-from ...formats import FormatLinear
-from ...formats._face import put_face_on, take_face_off
+from ...formats import FormatLinear, put_face_on, take_face_off
 from ..autoload import Finder
 from .merging import MERGED, make_mergeable
 
@@ -133,4 +132,3 @@ def check_targets(model, config, is_target):
                         f"`target_modules` names {name} and its factor {name}.{inner}; adapt the layer as a whole, or "
                         "its factors."
                     )
-

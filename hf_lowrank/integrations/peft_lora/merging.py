@@ -156,7 +156,9 @@ def _widened(module, dtype):
     narrow = [
         (parameter, parameter.data)
         for name, parameter in module.named_parameters()
-        if "base_layer" not in name.split(".") and parameter.is_floating_point() and parameter.itemsize < dtype.itemsize
+        if "base_layer" not in name.split(".")
+        and parameter.is_floating_point()
+        and parameter.itemsize < dtype.itemsize
     ]
     for parameter, data in narrow:
         parameter.data = data.to(dtype)

@@ -1,8 +1,10 @@
 """A LoRA adapter that puts back what compression lost, in closed form."""
 
 import os
+import re
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ...errors import CheckpointError, ConfigError, LowRankError, TargetError
@@ -11,7 +13,7 @@ from ...linalg import balanced
 from ...methods import METHODS
 from ...surgery import all_sites, factorized, matches
 from ..checkpoint import stored_keys
-from . import require_peft
+from .require import require_peft
 
 
 def residual_adapter(model, dense, rank=16, method=None, statistics=None, target_modules=None, adapter_name="default"):
@@ -46,8 +48,8 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         StatisticsError: statistics of another model or method.
 
     Reference:
-        EoRA (2410.21271) and the exact solution of QERA (ICLR 2025), in the inverse-free form. Differs: any metric of
-        the library, and factors as well as quantized weights.
+        EoRA and QERA (exact), in an inverse-free form of ours. Differs: any metric of the library, and factors as well
+        as quantized weights.
     """
     peft = require_peft("residual_adapter")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
@@ -71,12 +73,14 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         found = {} if not method.statistics else statistics.get(name.replace(".base_layer", ""), method.statistics)
         updates[name.replace(".base_layer", "")] = _update(name, layer, weights, method, rank, found)
     ranks = {name: left.shape[1] for name, (left, _) in updates.items()}
+    lower = {f"^{re.escape(name)}": found for name, found in ranks.items() if found != rank}
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=sorted(updates),
-        rank_pattern={f"^{name}": found for name, found in ranks.items() if found != rank},
-        alpha_pattern={f"^{name}": found for name, found in ranks.items() if found != rank},
+        rank_pattern=lower,
+        # A scale of 1 everywhere.
+        alpha_pattern=lower,
     )
     if is_peft:
         model.add_adapter(adapter_name, config)
@@ -95,7 +99,9 @@ def _targets(model, wanted):
     """`{name: layer}` of what is to be corrected."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FormatLinear)}
     if wanted is None and not layers:
-        layers = {name: module for name, module in _linears(model).items() if plain(module.weight) is not module.weight}
+        layers = {
+            name: module for name, module in _linears(model).items() if plain(module.weight) is not module.weight
+        }
     if wanted is not None:
         layers = {**_linears(model), **layers}
         layers = {name: layer for name, layer in layers.items() if matches(wanted, name.replace(".base_layer", ""))}
@@ -119,8 +125,11 @@ def _linears(model):
 
 def _update(name, layer, weights, method, rank, statistics):
     """`(B, A)` for one layer, float64, of equal scale."""
-    applied = layer.dense_weight() if isinstance(layer, FormatLinear) else plain(layer.weight)
-    applied = applied.detach().double()
+    if isinstance(layer, FormatLinear):
+        left, right = layer.factors()
+        applied = left @ right
+    else:
+        applied = plain(layer.weight).detach().double()
     dense = weights.read(name.replace(".base_layer", ""), getattr(layer, "transposed", False)).to(applied.device)
     if dense.shape != applied.shape:
         raise CheckpointError(
@@ -160,8 +169,6 @@ class _DenseWeights:
             if found is not None:
                 return found.kind.weight(self.model, found)[0]
         else:
-            from safetensors import safe_open
-
             found = next((f"{other}.weight" for other in names if f"{other}.weight" in self.files), None)
             if found is not None:
                 with safe_open(self.files[found], "pt") as file:
