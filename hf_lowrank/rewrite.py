@@ -113,7 +113,7 @@ def replace_factors(layer, left, right, bias=None, peers=()):
 
 
 def check_rewritable(layer):
-    """Raise [`ComputedWeightError`] unless the factors of `layer` are ordinary numbers, at hand, in ordinary linears."""
+    """Raise [`ComputedWeightError`] unless the factors of `layer` are ordinary numbers in ordinary linears."""
     for name, parameter in layer.named_parameters():
         found = None
         if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:

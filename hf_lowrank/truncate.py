@@ -17,8 +17,8 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
 
     Args:
         model (`torch.nn.Module`): factorized, without adapters.
-        rank (`int`, *optional*): largest rank to keep, at least 1; layers of lower rank stay as they are. Without, only
-            those of `rank_pattern` change.
+        rank (`int`, *optional*): largest rank to keep, at least 1; layers of lower rank stay as they are. Without,
+            only those of `rank_pattern` change.
         rank_pattern (`dict[str, int]`, *optional*): such ranks by name or dotted suffix, before `rank`.
         format (`str`, *optional*): a registered format to store every layer in; the present one by default.
         method (`str` or [`Method`], defaults to `"svd"`): decides what counts as an error.

@@ -146,20 +146,15 @@ def _dense(layer):
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     linear.weight = nn.Parameter((left @ right).to(dtype), requires_grad=False)
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        linear.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True), requires_grad=False)
     return linear
 
 
 @contextmanager
 def _widened(module, dtype):
     """While open, floating parameters of the PEFT layer that are narrower than `dtype` are of `dtype`."""
-    narrow = [
-        (parameter, parameter.data)
-        for name, parameter in module.named_parameters()
-        if "base_layer" not in name.split(".")
-        and parameter.is_floating_point()
-        and parameter.itemsize < dtype.itemsize
-    ]
+    own = (parameter for name, parameter in module.named_parameters() if "base_layer" not in name.split("."))
+    narrow = [(p, p.data) for p in own if p.is_floating_point() and p.itemsize < dtype.itemsize]
     for parameter, data in narrow:
         parameter.data = data.to(dtype)
     try:

@@ -62,9 +62,8 @@ def train_only(model, part="singular_values", adapter_name="default"):
                     tensor.requires_grad_(True)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        logger.info(
-            "trainable params: %s || all params: %s || trainable%%: %.4f", trained, total, 100 * trained / total
-        )
+        share = 100 * trained / total
+        logger.info("trainable params: %s || all params: %s || trainable%%: %.4f", trained, total, share)
         return model
     peft = require_peft("train_only")
     for name, layer in layers.items():
