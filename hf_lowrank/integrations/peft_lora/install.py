@@ -18,6 +18,8 @@ from .merging import MERGED, make_mergeable
 
 
 TARGET = "peft.tuners.tuners_utils"
+# Beginnings of the values of LoraConfig's `init_lora_weights` that subtract the adapter from the weight.
+WRITING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def install_when_imported():
@@ -62,8 +64,7 @@ def install(tuners_utils):
         config = all_linear(peft_config, model)
         if isinstance(wanted, str) and wanted != config.target_modules:
             config.target_modules = config.target_modules - inner_names(model)
-        else:
-            check_targets(model, config, tuners_utils.check_target_module_exists)
+        check_targets(model, config, tuners_utils.check_target_module_exists)
         return config
 
     tuners_utils._maybe_include_all_linear_layers = include_all_linear
@@ -102,9 +103,9 @@ def whole_or_not_at_all(model, layer_class):
             if not adapted and isinstance(module, layer_class):
                 model.set_submodule(name, module.get_base_layer())
         raise ComputedWeightError(
-            f"This PEFT method or initialization changes the weights it adapts, and those of factorized layers are "
-            f"computed ({error}) Use an initialization that leaves them alone (for LoRA `init_lora_weights=True`, "
-            "'gaussian', 'orthogonal' or 'eva'), or adapt the factors themselves (`target_modules=['left', 'right'])`."
+            f"This PEFT method changes the weights it adapts, and those of factorized layers are computed ({error}) "
+            "Use another method or initialization, or adapt the factors themselves "
+            "(`target_modules=['left', 'right']`)."
         ) from error
 
 
@@ -120,15 +121,31 @@ def inner_names(model):
 
 
 def check_targets(model, config, is_target):
-    """Raise [`ConfigError`] if a factorized layer and one of its factors are both to be adapted."""
-    inside = inner_names(model)
-    if not inside or getattr(config, "target_modules", None) is None:
+    """Refuse what cannot be adapted, before anything is.
+
+    Args:
+        model (`torch.nn.Module`): has factorized layers or not.
+        config (`PeftConfig`): of the adapter to be.
+        is_target (`Callable[[PeftConfig, str], bool]`): whether it adapts the module of a name.
+
+    Raises:
+        ConfigError: an initialization that writes the weight; a layer and one of its factors at once.
+    """
+    if not getattr(config, "target_modules", None):
         return
-    for name, layer in model.named_modules():
-        if isinstance(layer, FormatLinear) and is_target(config, name):
-            for inner, _ in layer.named_modules():
-                if inner and is_target(config, f"{name}.{inner}"):
-                    raise ConfigError(
-                        f"`target_modules` names {name} and its factor {name}.{inner}; adapt the layer as a whole, or "
-                        "its factors."
-                    )
+    names = [
+        name for name, layer in model.named_modules() if isinstance(layer, FormatLinear) and is_target(config, name)
+    ]
+    init = getattr(config, "init_lora_weights", None)
+    if names and isinstance(init, str) and init.lower().startswith(WRITING_INITS):
+        raise ConfigError(
+            f"`init_lora_weights`={init!r} takes the adapter out of the weight of {names[0]}, which is factorized: "
+            "what is left of it has no place there. Use True, 'gaussian', 'orthogonal', 'eva' or 'mica'."
+        )
+    for name in names:
+        for inner, _ in model.get_submodule(name).named_modules():
+            if inner and is_target(config, f"{name}.{inner}"):
+                raise ConfigError(
+                    f"`target_modules` names {name} and its factor {name}.{inner}; adapt the layer as a whole, or "
+                    "its factors."
+                )

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, LoraGAConfig, PeftModel, convert_to_lora, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import hf_lowrank
 from hf_lowrank import FORMATS, ComputedWeightError, ConfigError, FormatLinear, TargetError, to_dense
 from hf_lowrank.formats import LinearFace
+from hf_lowrank.integrations.peft_lora import install
 from hf_lowrank.testing import tiny_model
 
-from .conftest import CONFIGS, disturb, logits
+from .conftest import CONFIGS, TARGETS, disturb, logits
 
 
 ROOT = Path(hf_lowrank.__file__).parents[1]
@@ -160,12 +161,24 @@ def test_a_layer_and_its_factor_at_once_are_refused(small):
         get_peft_model(small(), CONFIGS["lora"](target_modules=["q_proj", "left", "right"]))
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "OLoRA", "corda", "lora_ga"])
+@pytest.mark.parametrize("targets", [TARGETS, "all-linear"])
+def test_initializations_that_write_the_weight_are_refused(small, init, targets):
+    model = small()
+    classes = [type(module) for module in model.modules()]
+    extra = {"lora_ga_config": LoraGAConfig()} if init == "lora_ga" else {}
+    with pytest.raises(ConfigError, match=f"`init_lora_weights`='{init}' takes .*which is factorized.*'gaussian'"):
+        get_peft_model(model, CONFIGS["lora"](init_lora_weights=init, target_modules=targets, **extra))
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("format", FORMATS.names())
-def test_initializations_that_write_the_weight_are_refused_and_leave_the_model_alone(small, format, init):
+def test_whatever_writes_a_weight_ends_with_the_model_as_it_was(small, format, init, monkeypatch):
+    monkeypatch.setattr(install, "WRITING_INITS", ("unknown",))
     model = small(format)
     expected, classes = logits(model, small.inputs), [type(module) for module in model.modules()]
-    with pytest.raises(ComputedWeightError, match=r"changes the weights it adapts.*init_lora_weights=True"):
+    with pytest.raises(ComputedWeightError, match=r"changes the weights it adapts.*Use another method"):
         get_peft_model(model, CONFIGS["lora"](init_lora_weights=init))
     assert [type(module) for module in model.modules()] == classes
     assert torch.equal(logits(model, small.inputs), expected)
@@ -271,3 +284,43 @@ def test_saving_the_base_or_making_it_dense_under_an_adapter_is_refused(small, t
 def test_injected_without_a_peft_model(small):
     model = inject_adapter_in_model(LoraConfig(r=4, target_modules=["q_proj"]), small())
     assert torch.equal(logits(model, small.inputs), logits(small(), small.inputs))
+
+
+def test_loaded_without_memory_for_two(small, tmp_path):
+    model = disturb(get_peft_model(small(), CONFIGS["lora"]()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(small(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(logits(again, small.inputs), logits(model, small.inputs))
+
+
+def test_a_parameter_of_a_factor_as_target(small):
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.right.weight"])
+    model = disturb(get_peft_model(small(), config))
+    expected = logits(model, small.inputs)
+    torch.testing.assert_close(logits(model.merge_and_unload(), small.inputs), expected, rtol=0, atol=1e-6)
+
+
+def test_weighted_adapters_and_conversion_to_lora(small):
+    model = disturb(get_peft_model(small(), CONFIGS["lora"]()))
+    model.add_weighted_adapter(["default"], [0.5], "half", combination_type="cat")
+    model.set_adapter("half")
+    expected = logits(model, small.inputs)
+    torch.testing.assert_close(logits(model.merge_and_unload(), small.inputs), expected, rtol=0, atol=1e-6)
+    loha = disturb(get_peft_model(small(), CONFIGS["loha"]()))
+    _, tensors = convert_to_lora(loha, rank=4)
+    assert len(tensors) == 2 * 2 * 2
+
+
+def test_beside_factorized_experts():
+    model, inputs = tiny_model("mixtral")
+    hf_lowrank.factorize(model, hf_lowrank.LowRankConfig(method="svd", param_ratio=0.5))
+    adapted = disturb(get_peft_model(model, CONFIGS["lora"](target_modules="all-linear")))
+    expected = logits(adapted, inputs)
+    torch.testing.assert_close(logits(adapted.merge_and_unload(), inputs), expected, rtol=0, atol=1e-6)
+
+
+def test_compiled(small):
+    model = disturb(get_peft_model(small(), CONFIGS["dora"]()))
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(logits(compiled, small.inputs), logits(model, small.inputs), rtol=0, atol=1e-6)
