@@ -40,9 +40,7 @@ def test_updates_are_appended(layer, scaled):
 
 
 def test_updates_that_do_not_give_the_weight_are_not_believed(layer):
-    weight = layer.dense_weight().detach() + torch.outer(
-        *(torch.ones(n, dtype=torch.float64) for n in (ROWS, COLUMNS))
-    )
+    weight = layer.dense_weight().detach() + torch.ones(ROWS, COLUMNS, dtype=torch.float64)
     absorb(layer, weight, updates=[update(2)])
     assert layer.rank == 4
     torch.testing.assert_close(layer.dense_weight().detach(), weight, rtol=0, atol=1e-12)
@@ -55,9 +53,8 @@ def test_any_weight_at_its_numerical_rank(layer, rank, recwarn):
     assert layer.rank == rank
     torch.testing.assert_close(layer.dense_weight().detach(), weight, rtol=0, atol=1e-12)
     assert not layer.bias.any()
-    assert ("grown to the size" in "".join(str(w.message) for w in recwarn)) == (
-        rank >= layer.break_even(ROWS, COLUMNS)
-    )
+    warned = any("grown to the size" in str(entry.message) for entry in recwarn)
+    assert warned == (rank >= layer.break_even(ROWS, COLUMNS))
 
 
 @pytest.mark.parametrize("rank", [2, 10])

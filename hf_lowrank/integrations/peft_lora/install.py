@@ -67,7 +67,10 @@ def install(tuners_utils):
         check_targets(model, config, tuners_utils.check_target_module_exists)
         return config
 
-    tuners_utils._maybe_include_all_linear_layers = include_all_linear
+    # Some methods have imported it by name, if PEFT was imported first.
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "peft"]:
+        if vars(module).get(all_linear.__name__) is all_linear:
+            setattr(module, all_linear.__name__, include_all_linear)
 
 
 @contextmanager
@@ -133,9 +136,8 @@ def check_targets(model, config, is_target):
     """
     if not getattr(config, "target_modules", None):
         return
-    names = [
-        name for name, layer in model.named_modules() if isinstance(layer, FormatLinear) and is_target(config, name)
-    ]
+    layers = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, FormatLinear)}
+    names = [name for name in layers if is_target(config, name)]
     init = getattr(config, "init_lora_weights", None)
     if names and isinstance(init, str) and init.lower().startswith(WRITING_INITS):
         raise ConfigError(
@@ -143,7 +145,7 @@ def check_targets(model, config, is_target):
             "what is left of it has no place there. Use True, 'gaussian', 'orthogonal', 'eva' or 'mica'."
         )
     for name in names:
-        for inner, _ in model.get_submodule(name).named_modules():
+        for inner, _ in layers[name].named_modules():
             if inner and is_target(config, f"{name}.{inner}"):
                 raise ConfigError(
                     f"`target_modules` names {name} and its factor {name}.{inner}; adapt the layer as a whole, or "

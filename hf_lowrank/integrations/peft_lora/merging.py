@@ -54,7 +54,7 @@ class MergesFactors:
         if not isinstance(layer, FormatLinear):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         names = self.active_adapters if adapter_names is None else adapter_names
-        if not isinstance(names, list) or set(names) <= set(self.merged_adapters):
+        if isinstance(names, str) or set(names) <= set(self.merged_adapters):
             # PEFT refuses, or warns of what was merged before.
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         check_rewritable(layer)
@@ -95,7 +95,12 @@ class MergesFactors:
         vars(layer)[MERGED].history.append((self, name))
 
     def _updates(self, name):
-        """The factors of what `name` adds, where there are any; [`absorb`] checks them against the merged weight."""
+        """The factors of what `name` adds, where there are any; [`absorb`] checks them against the merged weight.
+
+        Of LoRA, and of any PEFT layer with a method `get_delta_factors(name)` that returns `(B, A)`, scale included.
+        """
+        if hasattr(self, "get_delta_factors"):
+            return [self.get_delta_factors(name)]
         tables = getattr(self, "lora_A", {}), getattr(self, "lora_B", {})
         if not all(name in table and isinstance(table[name], nn.Linear) for table in tables):
             return ()

@@ -43,7 +43,7 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
 
     Raises:
         ConfigError: an argument out of range.
-        TargetError: nothing to correct, or a target that is not compressed.
+        TargetError: nothing to correct.
         CheckpointError: `dense` lacks a weight, or holds one of another shape.
         StatisticsError: statistics of another model or method.
 
@@ -167,7 +167,10 @@ class _DenseWeights:
         if self.model is not None:
             found = next((self.sites[other] for other in names if other in self.sites), None)
             if found is not None:
-                return found.kind.weight(self.model, found)[0]
+                weight = found.kind.weight(self.model, found)[0]
+                if weight.is_meta:
+                    raise ConfigError(f"`dense` is offloaded at {name}; give the folder of its files instead.")
+                return weight
         else:
             found = next((f"{other}.weight" for other in names if f"{other}.weight" in self.files), None)
             if found is not None:

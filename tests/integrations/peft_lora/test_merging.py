@@ -272,3 +272,25 @@ def test_a_merged_adapter_is_merged_once(small):
         model.merge_adapter()
     assert any("already merged" in str(entry.message) for entry in caught)
     assert ranks(model) == grown
+
+
+def test_methods_out_of_the_tree_may_name_their_factors(small, monkeypatch):
+    """What is not true of the merged weight is not believed."""
+    model = trained(small(), "loha")
+    expected, start = logits(model, small.inputs), ranks(small())["model.layers.0.self_attn.q_proj"]
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    basis, values, rows = torch.linalg.svd(layer.get_delta_weight("default").detach())
+    true = basis[:, :4] * values[:4], rows[:4]
+    for factors, rank in ((true, start + 4), ((2 * true[0], true[1]), start + 4), ((true[0], true[1] * 0), start + 4)):
+        monkeypatch.setattr(type(layer), "get_delta_factors", lambda self, name, pair=factors: pair, raising=False)
+        layer.merge()
+        assert layer.get_base_layer().rank == rank
+        close(logits(model, small.inputs), expected)
+        layer.unmerge()
+
+
+@pytest.mark.parametrize("names", [("default",), ["default"]])
+def test_names_of_adapters_to_merge(small, names):
+    model = trained(small(), "lora")
+    expected = logits(model, small.inputs)
+    close(logits(model.merge_and_unload(adapter_names=names), small.inputs), expected)

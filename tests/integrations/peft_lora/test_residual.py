@@ -216,6 +216,8 @@ def test_refusals(made, tmp_path):
         wrong = copy.deepcopy(dense)
         wrong.model.layers[0].mlp.down_proj = copy.deepcopy(dense.model.layers[0].mlp.up_proj)
         residual_adapter(small, wrong)
+    with pytest.raises(ConfigError, match="`dense` is offloaded at model.layers.0.*give the folder"):
+        residual_adapter(small, copy.deepcopy(dense).to("meta"))
     with pytest.raises(TargetError, match="leaves nothing to correct"):
         residual_adapter(copy.deepcopy(dense), dense)
     with pytest.raises(TargetError, match=r"`target_modules`=\['no_proj'\] leaves nothing"):
