@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import LoHaConfig, PeftMixedModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
 from hf_lowrank import FORMATS, ComputedWeightError, FormatLinear, LowRankConfig, factorize, summary, truncate
@@ -15,6 +16,16 @@ from .conftest import CONFIGS, TARGETS, disturb, logits
 
 MATRIX = [(format, method) for format in FORMATS.names() for method in sorted(CONFIGS)]
 QKV = ["q_proj", "k_proj", "v_proj"]
+
+
+# Further methods of PEFT that write weights, with the options that tiny layers need.
+OTHERS = {
+    "ADALORA": {"init_r": 4, "target_r": 2, "total_step": 10}, "ADAMSS": {}, "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 4}, "DEFT": {}, "DELORA": {}, "FOURIERFT": {"n_frequency": 8}, "FROD": {}, "GRALORA": {},
+    "HIRA": {}, "HRA": {}, "IA3": {"feedforward_modules": []}, "LN_TUNING": {}, "LOKR": {"r": 2}, "MISS": {},
+    "OFT": {"oft_block_size": 4, "r": 0}, "PEANUT": {}, "PSOFT": {}, "PVERA": {"r": 4}, "RANDLORA": {"r": 4},
+    "ROAD": {}, "SHIRA": {}, "TINYLORA": {}, "UNILORA": {}, "VBLORA": {"num_vectors": 16, "vector_length": 8},
+}  # fmt: skip
 
 
 def ranks(model):
@@ -294,3 +305,23 @@ def test_names_of_adapters_to_merge(small, names):
     model = trained(small(), "lora")
     expected = logits(model, small.inputs)
     close(logits(model.merge_and_unload(adapter_names=names), small.inputs), expected)
+
+
+@pytest.mark.parametrize("method", sorted(OTHERS))
+def test_methods_that_nobody_thought_of_here(small, method):
+    torch.manual_seed(2)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[method](target_modules=TARGETS, **OTHERS[method])
+    model = get_peft_model(small(), config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data + 0.05 * torch.randn_like(parameter)
+    expected, before = logits(model, small.inputs), state(model)
+    assert not torch.allclose(expected, logits(small(), small.inputs), atol=1e-4)
+    model.merge_adapter()
+    close(logits(model, small.inputs), expected)
+    model.unmerge_adapter()
+    assert all(one is other for (_, one), (_, other) in zip(before, state(model), strict=True))
+    merged = model.merge_and_unload()
+    close(logits(merged, small.inputs), expected)
+    assert [type(m) for m in merged.modules()] == [type(m) for m in small().modules()]
