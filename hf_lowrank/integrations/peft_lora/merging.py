@@ -84,9 +84,7 @@ class MergesFactors:
             return
         if MERGED not in vars(layer):
             Merged.begin(layer, self.lenders)
-        bias = None
-        if layer.bias is not None and not torch.equal(stand_in.bias, layer.bias):
-            bias = stand_in.bias.to(layer.bias.dtype)
+        bias = None if layer.bias is None else stand_in.bias.to(layer.bias.dtype)
         try:
             absorb(layer, stand_in.weight, bias, self._updates(name), self.lenders)
         except LowRankError:
