@@ -8,6 +8,7 @@ from .allocation import ALLOCATORS, Allocator, Candidate, Probe, register_alloca
 from .errors import (
     CalibrationError,
     CheckpointError,
+    ComputedWeightError,
     ConfigError,
     EvaluationError,
     LowRankError,
@@ -22,13 +23,23 @@ from .errors import (
 )
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
 from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
-from .integrations import Calibration, LowRankConfig, LowRankQuantizer, collect_statistics, factorize, to_dense
+from .integrations import (
+    Calibration,
+    LowRankConfig,
+    LowRankQuantizer,
+    collect_statistics,
+    factorize,
+    residual_adapter,
+    to_dense,
+    train_only,
+)
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .recipe import Recipe
 from .reporting import Summary, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
+from .truncate import truncate
 
 
 __version__ = "0.1.0.dev0"
@@ -43,6 +54,7 @@ __all__ = [
     "CalibrationError",
     "Candidate",
     "CheckpointError",
+    "ComputedWeightError",
     "ConfigError",
     "Evaluation",
     "EvaluationError",
@@ -79,8 +91,11 @@ __all__ = [
     "register_format",
     "register_method",
     "register_statistic",
+    "residual_adapter",
     "summary",
     "to_dense",
+    "train_only",
+    "truncate",
 ]
 
 NEED_PEFT = ("WaraConfig", "WaraModel")

@@ -37,6 +37,10 @@ class CheckpointError(LowRankError, ValueError):
     """A checkpoint cannot be read, or does not hold what its config promises."""
 
 
+class ComputedWeightError(LowRankError, RuntimeError):
+    """Something writes into the weight of a factorized layer, which is computed: the change would be lost."""
+
+
 class ResourceError(LowRankError, RuntimeError):
     """Memory or disk space is too small for what was asked; raised before work starts."""
 

@@ -3,7 +3,8 @@
 import sys
 
 from ..registry import import_submodules
-from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, register_format
+from ._face import LinearFace, put_face_on, take_face_off
+from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, exact_factors, plain, register_format
 from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
@@ -15,10 +16,15 @@ __all__ = [
     "FORMATS",
     "DenseView",
     "FormatLinear",
+    "LinearFace",
     "LowRankLinear",
     "PivotedLinear",
     "SharedBasisLinear",
     "as_parameter",
     "check_rank",
+    "exact_factors",
+    "plain",
+    "put_face_on",
     "register_format",
+    "take_face_off",
 ]

@@ -5,7 +5,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..errors import RankError
+from ..errors import ComputedWeightError, RankError
+from ..linalg import require_finite
 from ..registry import Registry
 
 
@@ -16,40 +17,56 @@ register_format = FORMATS.register
 # What a DenseView answers without forming the product: attributes (shape, dtype, device) and sizes.
 CHEAP = {"__get__", "size", "dim", "numel", "element_size", "is_floating_point", "stride", "__len__"}
 WRITES = {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__delete__"}
+LOST = (
+    "would write into the computed weight of a factorized layer and be lost; change the factors, or call "
+    "hf_lowrank.to_dense(model) first."
+)
 
 
 class DenseView(torch.Tensor):
     """A read-only stand-in for the dense weight of a factorized layer.
 
     Shape, dtype and device cost nothing to ask for (models do, on every forward); the product of the factors is
-    formed only when an operation needs the values. Writing into it would be lost, so it raises.
+    formed only when an operation needs the values. Writing into it, or into its `data`, would be lost, so it raises.
+
+    Args:
+        layer ([`FormatLinear`]): whose weight it stands for.
+        transposed (`bool`, *optional*): `(in, out)` rather than `(out, in)`; that of the layer by default.
+        detached (`bool`, defaults to `False`): whether gradients stop here.
     """
 
     # transformers leaves tensors with this mark alone when it initialises what a checkpoint does not hold.
     _is_hf_initialized = True
 
     @staticmethod
-    def __new__(cls, layer):
+    def __new__(cls, layer, transposed=None, detached=False):
         reference = next(layer.parameters())
         shape = (layer.out_features, layer.in_features)
+        transposed = layer.transposed if transposed is None else transposed
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if layer.transposed else shape, dtype=reference.dtype, device=reference.device
+            cls, shape[::-1] if transposed else shape, dtype=reference.dtype, device=reference.device
         )
 
-    def __init__(self, layer):
+    def __init__(self, layer, transposed=None, detached=False):
         self.layer = layer
+        self.transposed = layer.transposed if transposed is None else transposed
+        self.detached = detached
 
     def materialize(self):
-        """The dense weight as an ordinary tensor, in the layout of the layer that was replaced."""
+        """The dense weight as an ordinary tensor, in the layout that was asked for."""
         dense = self.layer.dense_weight()
-        return dense.T if self.layer.transposed else dense
+        dense = dense.detach() if self.detached else dense
+        return dense.T if self.transposed else dense
 
     def __setattr__(self, name, value):
         if name == "data":
-            raise RuntimeError(
-                "`weight` of a factorized layer is computed from its factors and cannot be assigned; "
-                "change the factors, or call hf_lowrank.to_dense(model) first."
-            )
+            raise ComputedWeightError(f"Assigning `weight.data` {LOST}")
+        if name == "requires_grad":
+            # Freezing a weight means freezing what it is computed from.
+            for parameter in self.layer.parameters():
+                if parameter is not self.layer.bias:
+                    parameter.requires_grad = value
+            return
         super().__setattr__(name, value)
 
     def __repr__(self):
@@ -59,18 +76,21 @@ class DenseView(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         # Above autograd: gradients reach the factors through whatever is computed from the weight.
         name = getattr(func, "__name__", "")
+        if func == torch.Tensor.data.__get__:
+            # A plain tensor here could be written into without anybody noticing.
+            return cls(args[0].layer, args[0].transposed, detached=True)
         if name in CHEAP:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if name in WRITES or (name.endswith("_") and not name.endswith("__")):
-            raise RuntimeError(f"{name} would write into the computed weight of a factorized layer and be lost.")
+            raise ComputedWeightError(f"{name} {LOST}")
         values = torch.utils._pytree.tree_map_only(cls, cls.materialize, (args, kwargs or {}))
         return func(*values[0], **values[1])
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func._schema.is_mutable:
-            raise RuntimeError(f"{func} would write into the computed weight of a factorized layer and be lost.")
+            raise ComputedWeightError(f"{func} {LOST}")
         values = torch.utils._pytree.tree_map_only(cls, cls.materialize, (args, kwargs or {}))
         return func(*values[0], **values[1])
 
@@ -163,6 +183,13 @@ class FormatLinear(nn.Module):
         """The weight `(out, in)` that this module applies, computed in float32 or wider, in the module's dtype."""
         raise NotImplementedError
 
+    def factors(self):
+        """`(left, right)`, `(out, r)` and `(r, in)` in float64, whose product is the weight this module applies.
+
+        Formats that hold two factors give these; any other weight is decomposed, at its numerical rank.
+        """
+        return exact_factors(self.dense_weight().detach().double(), torch.finfo(self.weight.dtype).eps)
+
     @property
     def weight(self):
         """The dense weight in the layout of the replaced layer, read-only, formed only if its values are used."""
@@ -180,6 +207,29 @@ class FormatLinear(nn.Module):
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def exact_factors(weight, eps):
+    """Two factors of `weight` `(out, in)`, float64, without the singular values that are rounding.
+
+    Args:
+        weight (`torch.Tensor`): float64.
+        eps (`float`): relative precision of its entries; singular values up to `eps |W|_F` are left out.
+
+    Returns:
+        `(left, right)` with columns and rows of equal norm; of rank 1 at least.
+    """
+    require_finite(weight, "The weight")
+    basis, values, rows = torch.linalg.svd(weight, full_matrices=False)
+    rank = max(1, int((values > eps * values.norm()).sum()))
+    root = values[:rank].sqrt()
+    return basis[:, :rank] * root, root[:, None] * rows[:rank]
+
+
+def plain(weight):
+    """The numbers that a parameter stands for: itself, or what a quantized tensor dequantizes to."""
+    quantized = type(weight).dequantize is not torch.Tensor.dequantize
+    return weight.dequantize() if quantized else weight
 
 
 def as_parameter(tensor, dtype):

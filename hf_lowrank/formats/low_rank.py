@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from .base import FormatLinear, as_parameter, check_rank, register_format
+from .base import FormatLinear, as_parameter, check_rank, plain, register_format
 
 
 @register_format("low_rank")
@@ -55,5 +55,9 @@ class LowRankLinear(FormatLinear):
         return rank * (out_features + in_features)
 
     def dense_weight(self):
-        wide = torch.promote_types(self.left.weight.dtype, torch.float32)
-        return (self.left.weight.to(wide) @ self.right.weight.to(wide)).to(self.left.weight.dtype)
+        left, right = plain(self.left.weight), plain(self.right.weight)
+        wide = torch.promote_types(left.dtype, torch.float32)
+        return (left.to(wide) @ right.to(wide)).to(left.dtype)
+
+    def factors(self):
+        return plain(self.left.weight).detach().double(), plain(self.right.weight).detach().double()

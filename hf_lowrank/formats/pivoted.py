@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from ..linalg import row_basis
-from .base import FormatLinear, as_parameter, check_rank, register_format
+from .base import FormatLinear, as_parameter, check_rank, plain, register_format
 
 
 @register_format("pivoted")
@@ -85,7 +85,14 @@ class PivotedLinear(FormatLinear):
 
     def dense_weight(self):
         dtype = self.basis.weight.dtype
-        rows = self.basis.weight.to(torch.promote_types(dtype, torch.float32))
+        rows = plain(self.basis.weight).to(torch.promote_types(dtype, torch.float32))
         if self.coefficients is not None:
-            rows = torch.cat([rows, self.coefficients.weight.to(rows.dtype) @ rows])
+            rows = torch.cat([rows, plain(self.coefficients.weight).to(rows.dtype) @ rows])
         return rows[self.order.long()].to(dtype)
+
+    def factors(self):
+        basis = plain(self.basis.weight).detach().double()
+        left = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+        if self.coefficients is not None:
+            left = torch.cat([left, plain(self.coefficients.weight).detach().double()])
+        return left[self.order.long()], basis

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, LowRankError, RankError
-from .base import FormatLinear, as_parameter, register_format
+from .base import FormatLinear, as_parameter, plain, register_format
 
 
 @register_format("shared_basis")
@@ -130,9 +130,27 @@ class SharedBasisLinear(FormatLinear):
         return rank * (out_features + in_features)
 
     def dense_weight(self):
-        left, right = self.left.weight, self.basis.weight
+        left, right = plain(self.left.weight), plain(self.basis.weight)
         wide = torch.promote_types(left.dtype, torch.float32)
         return (left.to(wide) @ right.to(left.device, wide)).to(left.dtype)
+
+    def factors(self):
+        left, right = plain(self.left.weight).detach(), plain(self.basis.weight).detach()
+        return left.double(), right.to(left.device).double()
+
+    def release(self, borrowers):
+        """Hand the own basis on to the first of `borrowers`, and keep a copy that is nobody else's.
+
+        Args:
+            borrowers (`list[SharedBasisLinear]`): all layers that borrow from this one.
+        """
+        heir, *others = borrowers
+        heir.right, heir._lender = self.right, ()
+        for other in others:
+            other._lender = (heir,)
+        own = self.right.weight
+        self.right = nn.Linear(self.in_features, self.rank, bias=False, device="meta")
+        self.right.weight = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, borrows={self.lender is not None}"

@@ -10,6 +10,7 @@ from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
 from .guard import install_guard
 from .parallel import install_parallel_plans
+from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
 from .verbs import collect_statistics, factorize, to_dense
 
@@ -17,6 +18,7 @@ from .verbs import collect_statistics, factorize, to_dense
 install_keyword()
 install_guard(QUANT_METHOD)
 install_parallel_plans()
+install_when_imported()
 # Messages go where transformers' go, at the verbosity the user set there.
 logging.getLogger("hf_lowrank").parent = transformers_logging.get_logger("transformers")
 
@@ -28,5 +30,7 @@ __all__ = [
     "conv1d",
     "experts",
     "factorize",
+    "residual_adapter",
     "to_dense",
+    "train_only",
 ]

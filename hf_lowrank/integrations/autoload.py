@@ -1,7 +1,7 @@
 """Start-up hook: import hf_lowrank the moment transformers meets a factorized checkpoint, or PEFT one of our adapters.
 
 Installed as the top-level module `_hf_lowrank_autoload`, which a `.pth` file runs at interpreter start. It uses the
-standard library only, never raises, and does nothing until one of the modules in `TABLES` is imported; then a table
+standard library only, never raises, and does nothing until one of the modules in `AFTER` is imported; then a table
 of that module is replaced by one that imports the plugin when asked for something of ours.
 HF_LOWRANK_AUTOLOAD=0 turns it off.
 """
@@ -35,28 +35,39 @@ class LazyTuners(dict):
         raise KeyError(key)
 
 
-# Module -> the table in it, and what takes its place.
-TABLES = {
-    "transformers.quantizers.auto": ("AUTO_QUANTIZATION_CONFIG_MAPPING", LazyTable),
-    "peft.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", LazyTuners),
+def swapping(attribute, lazy):
+    """A function that puts a `lazy` table in the place of that table of a module."""
+
+    def swap(module):
+        table = getattr(module, attribute, None)
+        if type(table) is dict:
+            setattr(module, attribute, lazy(table))
+
+    return swap
+
+
+# What happens to a module right after it is imported.
+AFTER = {
+    "transformers.quantizers.auto": swapping("AUTO_QUANTIZATION_CONFIG_MAPPING", LazyTable),
+    "peft.mapping": swapping("PEFT_TYPE_TO_CONFIG_MAPPING", LazyTuners),
 }
 
 
 class Finder:
-    """Lets the import of some modules go its ordinary way, then swaps their tables.
+    """Lets the import of some modules go its ordinary way, then calls a function with each.
 
     Args:
-        modules (`list[str]`): keys of `TABLES`.
+        after (`dict[str, Callable]`): the functions, by name of the module.
     """
 
-    def __init__(self, modules):
-        self.waiting = set(modules)
+    def __init__(self, after):
+        self.after = dict(after)
 
     def find_spec(self, name, path=None, target=None):
-        if name not in self.waiting:
+        after = self.after.pop(name, None)
+        if after is None:
             return None
-        self.waiting.discard(name)
-        if not self.waiting:
+        if not self.after:
             sys.meta_path.remove(self)
         # Imported only now: it would be the slowest part of starting an interpreter.
         from importlib.machinery import PathFinder
@@ -68,10 +79,7 @@ class Finder:
 
         def exec_module(module):
             execute(module)
-            attribute, lazy = TABLES[name]
-            table = getattr(module, attribute, None)
-            if type(table) is dict:
-                setattr(module, attribute, lazy(table))
+            after(module)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -80,9 +88,15 @@ class Finder:
 def install():
     """Put the finder in front, once, unless the user opted out or the modules are there already."""
     off = os.environ.get("HF_LOWRANK_AUTOLOAD", "1").lower() in ("0", "false", "off", "no")
-    modules = [name for name in TABLES if name not in sys.modules]
-    if not off and modules and not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder(modules))
+    after = {name: swap for name, swap in AFTER.items() if name not in sys.modules}
+    if not off and after and not any(isinstance(finder, Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder(after))
+
+
+def after_import(name, function):
+    """Call `function` with the module `name` right after its import; not if something else is waiting for it."""
+    if not any(isinstance(finder, Finder) and name in finder.after for finder in sys.meta_path):
+        sys.meta_path.insert(0, Finder({name: function}))
 
 
 def register_tuners():
@@ -92,5 +106,5 @@ def register_tuners():
     """
     if "peft.mapping" in sys.modules:
         __import__(TUNERS)
-    elif not any(isinstance(finder, Finder) and "peft.mapping" in finder.waiting for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder(["peft.mapping"]))
+    else:
+        after_import("peft.mapping", AFTER["peft.mapping"])

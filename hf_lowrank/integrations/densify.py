@@ -4,6 +4,8 @@ import logging
 
 from transformers import PreTrainedModel
 
+from ..errors import TargetError
+from ..formats import LinearFace
 from ..surgery import factorized
 
 
@@ -12,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 def multiply_out(model):
     """Put dense layers in the place of all factorized ones, biases that were added included."""
+    refuse_adapters(model, "call merge_and_unload() or unload()")
     found = factorized(model)
     added = [name for name, kind in found.items() if kind.added_bias(model, name)]
     for name, kind in found.items():
@@ -24,6 +27,13 @@ def multiply_out(model):
             len(added),
             added[0],
         )
+
+
+def refuse_adapters(model, cure):
+    """Raise [`TargetError`] if a factorized layer of `model` carries adapters."""
+    name = next((name for name, module in model.named_modules() if isinstance(module, LinearFace)), None)
+    if name is not None:
+        raise TargetError(f"{name.removesuffix('.base_layer')} carries adapters; {cure} first.")
 
 
 def detach(model):

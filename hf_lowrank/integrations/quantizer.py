@@ -17,7 +17,7 @@ from ..plan import Measured, make_plan
 from ..surgery import all_sites, lend_bases, specs
 from .checkpoint import check_complete, parameter_names, stored_keys
 from .config import QUANT_METHOD
-from .densify import detach, multiply_out
+from .densify import detach, multiply_out, refuse_adapters
 from .guard import remove_guard
 from .progress import Progress
 from .session import Rehearsed, Session
@@ -194,6 +194,8 @@ class LowRankQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model):
         # Ranks may have changed since loading; what is written must describe what is saved. This runs before the
         # config is written.
+        if not getattr(model, "_hf_peft_config_loaded", False):
+            refuse_adapters(model, "save the PEFT model, or call merge_and_unload()")
         self.quantization_config.modules = specs(model)
         return None, {}
 

@@ -7,6 +7,7 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..errors import ComputedWeightError
 from ..formats import FORMATS
 from ..methods import Factors
 from .matrices import make_weight
@@ -16,9 +17,8 @@ def check_format(format, rows=24, columns=40, rank=8):
     """Assert the laws of formats on `format`, a class.
 
     `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
-    `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
     `cost` and `stored_bytes` are what is stored, integers included; the lowest and the full rank work; casts work;
-    `weight` is read-only and has the layout of the replaced layer.
+    `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it.
     """
     assert FORMATS[format.name] is format
     for bias in (torch.linspace(-1, 1, rows, dtype=torch.float64), None):
@@ -96,9 +96,20 @@ def _check_weight(layer, transposed):
     (layer.weight.square().sum()).backward()
     assert all(p.grad is not None and p.grad.any() for name, p in layer.named_parameters() if name != layer.bias_name)
     layer.zero_grad()
-    for write in (lambda: layer.weight.mul_(2), lambda: setattr(layer.weight, "data", expected)):
+    left, right = layer.factors()
+    torch.testing.assert_close(left @ right, dense.detach(), rtol=0, atol=1e-12)
+    assert torch.equal(layer.weight.data + 0, expected.detach())
+    assert not (layer.weight.data + 0).requires_grad
+    writes = (
+        lambda: layer.weight.mul_(2),
+        lambda: layer.weight.data.mul_(2),
+        lambda: layer.weight.data.copy_(expected),
+        lambda: layer.weight.data.__setitem__(0, 1.0),
+        lambda: setattr(layer.weight, "data", expected),
+    )
+    for write in writes:
         try:
             write()
-        except RuntimeError:
+        except ComputedWeightError:
             continue
         raise AssertionError("writing into `weight` of a factorized layer must raise, since it would be lost")

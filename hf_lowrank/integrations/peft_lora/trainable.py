@@ -1,0 +1,77 @@
+"""Train a small part of a factorized model: the weight of each component, or the factors."""
+
+import logging
+
+from ...errors import ConfigError, TargetError
+from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear
+from ...surgery import factorized
+from .require import require_peft
+
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("singular_values", "factors")
+
+
+def train_only(model, part="singular_values", adapter_name="default"):
+    r"""Freeze a factorized model but for one part of its factorized layers.
+
+        y = left diag(s) right x + b,    s = 1 at the start,    s (r,) trainable        (`part="singular_values"`)
+
+    With factors by `"svd"`, `s` scales the singular values of the weight; with those of `"whitened_svd"` or
+    `"kfac_svd"`, the singular values of the weight as its inputs or the loss see it.
+
+    That is PEFT's IA3 on the input of every `left`, so it is IA3: `print_trainable_parameters()` counts,
+    `save_pretrained()` writes r numbers a layer, `PeftModel.from_pretrained` loads them onto the same factors with
+    stock PEFT, and `merge_and_unload()` folds `s` into `left`, with ranks and sizes as before.
+
+    Factors are not a small part, and PEFT would keep a second copy of them. With `part="factors"` they are trained
+    where they are, and saved with the model.
+
+    Args:
+        model (`torch.nn.Module`): factorized, without adapters.
+        part (`str`, defaults to `"singular_values"`): or `"factors"`: everything that stands for dense weights, of
+            experts too; biases, norms and embeddings stay frozen.
+        adapter_name (`str`, defaults to `"default"`): of the IA3 adapter.
+
+    Returns:
+        A `PeftModel` for `"singular_values"`, `model` itself for `"factors"`.
+
+    Raises:
+        ConfigError: another part.
+        TargetError: no factorized layer, one with adapters, or one that has no singular values (`"pivoted"`).
+
+    Reference:
+        Basel (2405.15877, TMLR 2025) and, from memory, SVFT tune singular values. Differs: both start from the SVD of
+        the dense weight, and Basel prunes and adds bases on the way.
+    """
+    if part not in PARTS:
+        raise ConfigError(f"`part`={part!r} of train_only is not one of {list(PARTS)}.")
+    sites = factorized(model)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FormatLinear)}
+    if not sites or (part == "singular_values" and not layers):
+        raise TargetError("The model has no factorized layer to train; call hf_lowrank.factorize(model) first.")
+    for name, layer in layers.items():
+        if isinstance(layer, LinearFace):
+            raise TargetError(f"{name} carries adapters; call `merge_and_unload()` or `unload()` first.")
+    if part == "factors":
+        model.requires_grad_(False)
+        for name, kind in sites.items():
+            for tensor in kind.stored(model, name).values():
+                if tensor.is_floating_point():
+                    tensor.requires_grad_(True)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        share = 100 * trained / total
+        logger.info("trainable params: %s || all params: %s || trainable%%: %.4f", trained, total, share)
+        return model
+    peft = require_peft("train_only")
+    for name, layer in layers.items():
+        if not isinstance(layer, (LowRankLinear, SharedBasisLinear)):
+            raise TargetError(
+                f"{name} is stored as {layer.name!r}, not by components with a weight each; call "
+                "hf_lowrank.truncate(model, format='low_rank') first, and save the model for the adapter to belong to."
+            )
+    targets = [f"{name}.left" for name in layers]
+    config = peft.IA3Config(target_modules=targets, feedforward_modules=targets)
+    return peft.get_peft_model(model, config, adapter_name=adapter_name)

@@ -1,0 +1,163 @@
+"""Give a factorized layer another weight, in place and as it stands: exactly, or at a lower rank."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from .errors import ComputedWeightError
+from .formats import FORMATS, exact_factors
+from .linalg import require_finite
+from .methods import Factors
+
+
+# What every module has; the rest of its attributes describe the layer itself.
+COMMON = frozenset(vars(nn.Module()))
+TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def snapshot(layers):
+    """All that `layers` are made of, by reference; [`restore`] brings back these very tensors."""
+    modules = {module for layer in layers for module in layer.modules()}
+    return [
+        (
+            module,
+            {table: dict(getattr(module, table)) for table in TABLES},
+            {key: value for key, value in vars(module).items() if key not in COMMON},
+        )
+        for module in modules
+    ]
+
+
+def restore(saved):
+    """Undo whatever happened to the layers since [`snapshot`]; what was moved to another device stays there."""
+    for module, tables, attributes in saved:
+        for name, parameter in tables["_parameters"].items():
+            now = module._parameters.get(name)
+            if parameter is not None and now is not None and now.device != parameter.device:
+                parameter.data = parameter.data.to(now.device)
+        for table, content in tables.items():
+            _fill(module, table, content)
+        vars(module).update(attributes)
+
+
+def _fill(module, table, content):
+    """Make `content` all that a table of `module` holds."""
+    getattr(module, table).clear()
+    getattr(module, table).update(content)
+    for name in content:
+        # Where the attribute was None before, it is an ordinary one, which would be found first.
+        vars(module).pop(name, None)
+
+
+def absorb(layer, weight, bias=None, updates=(), peers=()):
+    r"""Give `layer` factors whose product is `weight`, of the smallest rank at hand.
+
+    Where `weight` is what `layer` has now plus `updates`, or that with its rows scaled, factors are appended:
+
+        W = diag(c) (L R + sum_i B_i A_i) = [c L, c B_1, ..] [R; A_1; ..]
+
+    Any other weight is decomposed at its numerical rank, at most `min(out, in)`.
+
+    Args:
+        layer ([`FormatLinear`]): changed in place; keeps its format, dtype and device.
+        weight (`torch.Tensor`): `(out, in)`, in float32 or wider.
+        bias (`torch.Tensor`, *optional*): `(out,)`; the present one stays if not given.
+        updates (`list[tuple]`, *optional*): pairs `(B_i, A_i)`, `(out, r_i)` and `(r_i, in)`.
+        peers (`list[FormatLinear]`, *optional*): layers of the model that may borrow from `layer`. Its basis is handed
+            on to them first, so that none of them changes.
+
+    Raises:
+        ComputedWeightError: the format cannot hold such a weight, or its factors are quantized, wrapped or offloaded.
+        NonFiniteError: the weight, or a factor in the layer's dtype, holds NaN or infinity.
+    """
+    check_rewritable(layer)
+    wide, eps = weight.detach().double(), torch.finfo(weight.dtype).eps
+    require_finite(wide, "The merged weight")
+    left, right = _appended(*layer.factors(), updates, wide, eps) or exact_factors(wide, eps)
+    replace_factors(layer, left, right, bias, peers)
+    if left.shape[1] >= layer.break_even(*wide.shape):
+        warnings.warn(
+            "Factorized layers have grown to the size of dense ones, which they compute slower; lower their rank with "
+            "hf_lowrank.truncate(model, rank), or call hf_lowrank.to_dense(model).",
+            stacklevel=2,
+        )
+
+
+def replace_factors(layer, left, right, bias=None, peers=()):
+    """Put other factors, float64, into `layer`; `bias`, `peers` and errors as in [`absorb`]."""
+    check_rewritable(layer)
+    borrowers = [peer for peer in peers if getattr(peer, "lender", None) is layer]
+    format, dtype = FORMATS[layer.name], layer.weight.dtype
+    factors = Factors(left, right, 0.0)
+    product = left @ right
+    held = format.from_factors(factors, dtype=torch.float64).dense_weight()
+    if not (held - product).norm() <= 1e-9 * (left.norm() * right.norm()):
+        raise ComputedWeightError(
+            f"The format {layer.name!r} cannot hold a given pair of factors exactly; call hf_lowrank.to_dense(model) "
+            "before merging."
+        )
+    made = format.from_factors(factors, layer.bias if bias is None else bias.detach(), dtype, layer.transposed)
+    for name, tensor in made.state_dict().items():
+        require_finite(tensor, f"`{name}` in {dtype}")
+    if borrowers:
+        warnings.warn(
+            "Layers that share a basis no longer do: each gets its own factors now. hf_lowrank.summary(model) tells "
+            "the size.",
+            stacklevel=3,
+        )
+        layer.release(borrowers)
+    _adopt(layer, made, any(parameter.requires_grad for parameter in layer.parameters()))
+    # What was recorded is the distance to the dense weight before.
+    layer.relative_error = None
+
+
+def check_rewritable(layer):
+    """Raise [`ComputedWeightError`] unless the factors of `layer` are ordinary numbers in ordinary linears."""
+    for name, parameter in layer.named_parameters():
+        found = None
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+            found = f"is a {type(parameter.data).__name__}; merge before the factors are quantized or sharded"
+        elif parameter.is_meta:
+            found = "is offloaded; load the model without offloading"
+        elif not parameter.is_floating_point():
+            found = f"is of {parameter.dtype}; merge before the factors are quantized"
+        elif any("base_layer" in part for part in name.split(".")):
+            found = "belongs to an adapter of the factor itself; merge or delete that one first"
+        if found is not None:
+            raise ComputedWeightError(f"The factors of a layer cannot be exchanged: `{name}` {found}.")
+
+
+def _appended(left, right, updates, weight, eps):
+    """Factors of `weight` by scaling rows and appending `updates`, or `None` if that does not give it."""
+    left = torch.cat([left, *(b.detach().double() for b, _ in updates)], dim=1)
+    right = torch.cat([right, *(a.detach().double() for _, a in updates)])
+    if left.shape[1] > min(weight.shape):
+        return None
+    product = left @ right
+    squares = product.square().sum(1)
+    scale = torch.where(squares > 0, (product * weight).sum(1) / squares.clamp(min=1e-300), 1.0)[:, None]
+    # Sums in the precision of `weight` err by some units in the last place.
+    tolerance = 8 * eps * weight.norm()
+    if not (scale * product - weight).norm() <= tolerance:
+        return None
+    return (left, right) if (product - weight).norm() <= tolerance else (scale * left, right)
+
+
+def _adopt(module, made, trainable):
+    """Move all that `made` consists of into `module`, keeping the modules that stay of the same class."""
+    for name, value in made._parameters.items():
+        before = module._parameters.get(name)
+        if value is not None:
+            value.requires_grad_(trainable if before is None else before.requires_grad)
+    children = {}
+    for name, child in made._modules.items():
+        own = module._modules.get(name)
+        children[name] = child
+        if own is not None and type(own) is type(child):
+            _adopt(own, child, trainable)
+            children[name] = own
+    for table, content in zip(TABLES, (made._parameters, made._buffers, children), strict=True):
+        _fill(module, table, content)
+    kept = COMMON | {"added_bias"}
+    vars(module).update({key: value for key, value in vars(made).items() if key not in kept})

@@ -1,0 +1,101 @@
+"""Lower the rank of a factorized model, or store it in another format."""
+
+from .errors import ConfigError, LowRankError, RankError, TargetError
+from .formats import FORMATS, FormatLinear, LinearFace, check_rank
+from .methods import METHODS
+from .rewrite import check_rewritable, replace_factors
+from .surgery import factorized, matches
+
+
+def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", statistics=None):
+    r"""Approximate every factorized weight at a lower rank, in place; say what is lost.
+
+        min_{rank k} objective(W' - W''),    relative error = sqrt(objective(W' - W'') / objective(W')),
+
+    with the objective of `method`: the Frobenius norm for `"svd"`, the output error on calibration inputs for
+    `"whitened_svd"`. It is what follows merging, which appends factors: ranks grow by the rank of every adapter.
+
+    Args:
+        model (`torch.nn.Module`): factorized, without adapters.
+        rank (`int`, *optional*): largest rank to keep, at least 1; layers of lower rank stay as they are. Without,
+            only those of `rank_pattern` change.
+        rank_pattern (`dict[str, int]`, *optional*): such ranks by name or dotted suffix, before `rank`.
+        format (`str`, *optional*): a registered format to store every layer in; the present one by default.
+        method (`str` or [`Method`], defaults to `"svd"`): decides what counts as an error.
+        statistics ([`Statistics`], *optional*): for methods that need them, of the dense model.
+
+    Returns:
+        `dict[str, float]`: the relative error of each layer that changed.
+
+    Raises:
+        RankError: a rank below 1.
+        TargetError: no factorized layer, a pattern that matches none, or a layer that cannot change.
+        StatisticsError: statistics of another model or method.
+    """
+    method = METHODS.build(method)
+    if method.shifts or (method.statistics and statistics is None):
+        raise ConfigError(
+            f"`method`={method.name!r} {'shifts biases' if method.shifts else 'needs `statistics`'}; choose 'svd', or "
+            "'whitened_svd' with statistics."
+        )
+    target = None if format is None else FORMATS[format]
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, FormatLinear)}
+    if not found:
+        kind = "only factorized experts, whose ranks are fixed" if factorized(model) else "no factorized layer"
+        raise TargetError(f"The model has {kind}; nothing can be truncated.")
+    ranks = _ranks(found, rank, rank_pattern or {})
+    lenders = {id(layer.lender) for layer in found.values() if getattr(layer, "lender", None) is not None}
+    made = {}
+    for name, layer in found.items():
+        wanted = min(ranks.get(name, layer.rank), layer.rank)
+        if wanted == layer.rank and target in (None, FORMATS[layer.name]):
+            continue
+        _check(name, layer, lenders)
+        left, right = layer.factors()
+        stats = statistics.get(name, method.statistics) if method.statistics else {}
+        stats = {key: value.to(left.device) for key, value in stats.items()}
+        try:
+            made[name] = method.factorize(left @ right, min(wanted, layer.out_features, layer.in_features), stats)
+        except LowRankError as error:
+            raise type(error)(f"{name}: {error}") from error
+    for name, factors in made.items():
+        if target in (None, FORMATS[found[name].name]):
+            replace_factors(found[name], factors.left, factors.right)
+        else:
+            model.set_submodule(name, _in_format(target, found[name], factors))
+    return {name: factors.relative_error for name, factors in made.items()}
+
+
+def _ranks(layers, rank, pattern):
+    for value in (rank, *pattern.values()):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise RankError(f"`rank`={value!r} of truncate must be an integer of at least 1.")
+    ranks = {} if rank is None else dict.fromkeys(layers, rank)
+    for entry, value in pattern.items():
+        hits = [name for name in layers if matches([entry], name)]
+        if not hits:
+            raise TargetError(
+                f"`rank_pattern` has {entry!r}, which matches no factorized layer; there are {len(layers)}, such as "
+                f"{next(iter(layers))}."
+            )
+        ranks.update(dict.fromkeys(hits, value))
+    return ranks
+
+
+def _check(name, layer, lenders):
+    if isinstance(layer, LinearFace):
+        raise TargetError(f"{name} carries adapters; call `merge_and_unload()` or `unload()` first.")
+    if getattr(layer, "lender", None) is not None or id(layer) in lenders:
+        raise TargetError(
+            f"{name} shares its basis with other layers, whose ranks are one; factorize the dense model at that rank."
+        )
+    check_rewritable(layer)
+
+
+def _in_format(format, layer, factors):
+    check_rank(factors.left.shape[1], layer.out_features, layer.in_features)
+    made = format.from_factors(factors, layer.bias, layer.weight.dtype, layer.transposed)
+    trainable = any(parameter.requires_grad for parameter in layer.parameters())
+    made.requires_grad_(trainable).train(layer.training)
+    made.added_bias, made.relative_error = layer.added_bias, None
+    return made
