@@ -25,6 +25,7 @@ from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, Shared
 from .integrations import Calibration, LowRankConfig, LowRankQuantizer, collect_statistics, factorize, to_dense
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
+from .passes import fold_order
 from .recipe import Recipe
 from .reporting import Summary, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
@@ -73,6 +74,7 @@ __all__ = [
     "collect_statistics",
     "evaluate",
     "factorize",
+    "fold_order",
     "measure_latencies",
     "register_allocator",
     "register_format",
