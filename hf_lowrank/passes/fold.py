@@ -1,4 +1,3 @@
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,11 +10,7 @@ from ..formats import FormatLinear, PivotedLinear
 from ..kinds import kind_of
 from ..statistics.collect import call_arguments, prepared
 from ..surgery import tied_weights
-from ._trial import Trial, lender_of
-
-
-# A reordering that is undone may change a block by roundings only: by this much of what it changes if not undone.
-UNCHANGED = 1e-5
+from ._trial import Trial, connected, holds, lender_of
 
 
 @dataclass(frozen=True)
@@ -156,7 +151,7 @@ def _find(prefix, block, call, fixed):
         trial = Trial(block, *call, consumers)
         before = trial.run()
         found = []
-        for names, readers in _connected(trial, before, producers, shapes):
+        for names, readers in connected(trial, before, producers, shapes):
             leader = next((name for name in names if _has_gather(linears[name])), None)
             # These channels have the order of another layer already.
             done = any(isinstance(linears[name], PivotedLinear) and linears[name].pivots_first for name in names)
@@ -164,7 +159,7 @@ def _find(prefix, block, call, fixed):
             free = free and all(_can_reorder(f"{prefix}.{n}", linears[n], _inputs(linears[n]), fixed) for n in readers)
             if leader is None or done or not free:
                 continue
-            if _holds(trial, before, names, readers, linears[leader].order.long().argsort()):
+            if holds(trial, before, names, readers, linears[leader].order.long().argsort()):
                 full = {name: f"{prefix}.{name}" for name in linears}
                 found.append(Fold([full[n] for n in names], [full[n] for n in readers], full[leader]))
         return found
@@ -173,66 +168,6 @@ def _find(prefix, block, call, fixed):
 def _shape(layer):
     site = layer if isinstance(layer, FormatLinear) else kind_of(layer).sites("", layer)[0]
     return site.out_features, site.in_features
-
-
-def _connected(trial, before, producers, shapes):
-    """`[(producers, consumers)]` that have channels in common: all that a change of any of them reaches."""
-    generator = torch.Generator().manual_seed(0)
-    groups = []
-    for name in producers:
-        out_features = shapes[name][0]
-        half = torch.zeros(out_features, dtype=torch.bool)
-        half[torch.randperm(out_features, generator=generator)[: out_features // 2]] = True
-
-        def double(output, half=half):
-            return torch.where(half.to(output.device), 2 * output, output)
-
-        _, seen = trial.run({name: double})
-        reached = set()
-        for reader, inputs in seen.items():
-            if shapes[reader][1] == out_features and reader != name:
-                changed = _changed(before[1][reader], inputs)
-                if changed is not None and changed.any() and not (changed & ~half.to(changed.device)).any():
-                    reached.add(reader)
-        if reached:
-            joined = [group for group in groups if group[1] & reached]
-            groups = [group for group in groups if not group[1] & reached]
-            groups.append(([n for g in joined for n in g[0]] + [name], reached.union(*(g[1] for g in joined))))
-    return [(names, [name for name in trial.watched if name in readers]) for names, readers in groups]
-
-
-def _changed(before, after):
-    """Which channels of some inputs differ, `(in,)`; `None` where they are not the same calls."""
-    if not before or [x.shape for x in before] != [x.shape for x in after]:
-        return None
-    different = [(a != b).flatten(0, -2).any(0) for a, b in zip(before, after, strict=True)]
-    return torch.stack(different).any(0)
-
-
-def _holds(trial, before, producers, consumers, order):
-    """Whether `order` of the outputs of `producers`, undone in front of `consumers`, changes nothing else."""
-
-    def reorder(tensor):
-        return tensor[..., order.to(tensor.device)]
-
-    def restore(tensor):
-        return tensor[..., order.argsort().to(tensor.device)]
-
-    reordered = dict.fromkeys(producers, reorder)
-    undone = trial.run(reordered, dict.fromkeys(consumers, restore))
-    # Where this is no change either, nothing was tried.
-    left = trial.run(reordered)
-    compared = [(before[0], undone[0], left[0])]
-    compared += [(before[1][name], undone[1][name], left[1][name]) for name in consumers]
-    return all(
-        0 < _distance(a, c) < math.inf and _distance(a, b) <= UNCHANGED * _distance(a, c) for a, b, c in compared
-    )
-
-
-def _distance(before, after):
-    if [x.shape for x in before] != [x.shape for x in after]:
-        return math.inf
-    return math.sqrt(sum((a - b).square().sum().item() for a, b in zip(before, after, strict=True)))
 
 
 def _apply(model, fold):

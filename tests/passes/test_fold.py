@@ -309,11 +309,24 @@ def test_every_sort_of_layer_beside_it(name):
     assert fold_order(model, X) == 0
 
 
-def test_layers_as_wide_as_the_residual_are_told_apart_by_what_they_reach():
+class Wide(nn.Module):
+    """A residual block in which every linear has the same shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.output = pivoted(12, 12), pivoted(12, 12)
+        self.norm, self.mlp = nn.LayerNorm(12).double(), Gated(*(pivoted(12, 12) for _ in range(3)))
+
+    def forward(self, x):
+        x = x + self.output(self.value(x).softmax(-1))
+        return x + self.mlp(self.norm(x))
+
+
+def test_layers_of_one_shape_are_told_apart_by_what_they_reach():
     torch.manual_seed(3)
-    model = Toy(*(Gated(pivoted(12, 12), pivoted(12, 12), pivoted(12, 12)) for _ in range(2)))
+    model = Toy(Wide(), Wide())
     check(model, 2)
-    assert bare(model) == {"blocks.0.gate", "blocks.1.gate"}
+    assert bare(model) == {"blocks.0.mlp.gate", "blocks.1.mlp.gate"}
 
 
 class TwoReaders(nn.Module):
