@@ -36,6 +36,7 @@ from .integrations import (
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
+from .passes import fold_order
 from .recipe import Recipe
 from .reporting import Summary, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
@@ -86,6 +87,7 @@ __all__ = [
     "collect_statistics",
     "evaluate",
     "factorize",
+    "fold_order",
     "measure_latencies",
     "register_allocator",
     "register_format",

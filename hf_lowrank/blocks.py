@@ -146,6 +146,24 @@ def record(model, chain, runs):
     return chain
 
 
+def first_calls(model, names, run):
+    """`{name: (args, kwargs)}` of the first call of each block that `run`, a forward pass, reaches."""
+    found = {}
+
+    def hook(name):
+        def seen(module, args, kwargs):
+            found.setdefault(name, (args, kwargs))
+
+        return seen
+
+    with ExitStack() as stack:
+        for name in names:
+            handle = model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        run()
+    return found
+
+
 def in_dtype(call, hidden, dtype):
     """`(call, hidden)` with every floating tensor in `dtype`."""
 

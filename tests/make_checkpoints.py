@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowrank import LowRankConfig, factorize
+from hf_lowrank import LowRankConfig, factorize, fold_order
 
 
 OPTIONS = {"method": "svd", "param_ratio": 0.5, "rank_multiple": 1}
@@ -20,6 +20,8 @@ JOINT = {"name": "basis_sharing", "joint_groups": [["q_proj", "k_proj", "v_proj"
 RECIPES = {
     "low_rank_v1": {**OPTIONS, "format": "low_rank"},
     "pivoted_v1": {**OPTIONS, "format": "pivoted"},
+    # Layers without an order beside others that have one.
+    "pivoted_v1_folded": {**OPTIONS, "format": "pivoted"},
     # Layers with a bias where the architecture has none.
     "low_rank_v1_bias": {**OPTIONS, "method": "feature_pca", "calibration": TOKENS},
     # Groups, and layers that share with none.
@@ -39,6 +41,8 @@ def main(name):
         num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True,
     )  # fmt: skip
     model = factorize(LlamaForCausalLM(config).eval(), LowRankConfig(**RECIPES[name]))
+    if name.endswith("_folded") and fold_order(model, TOKENS[0]) == 0:
+        raise SystemExit("no layer could be folded")
     model.save_pretrained(folder)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(INPUT)).logits

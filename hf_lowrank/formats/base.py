@@ -112,11 +112,16 @@ class FormatLinear(nn.Module):
 
     A subclass has a property `rank`; a constructor of other arguments than the rank overrides what reads it here.
         lent (`tuple[str]`): the parameters that layers of a group have in common; the first layer alone stores them.
+        output_rows (`tuple[str]`): the tensors with one row an output, by which outputs can be reordered; empty if a
+            format has none.
+        input_columns (`tuple[str]`): the matrices with one column an input; empty if a format has none.
     """
 
     name: ClassVar[str]
     bias_name: ClassVar[str]
     lent: ClassVar[tuple] = ()
+    output_rows: ClassVar[tuple] = ()
+    input_columns: ClassVar[tuple] = ()
 
     def __init__(self, in_features, out_features, transposed=False):
         super().__init__()

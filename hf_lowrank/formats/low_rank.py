@@ -28,6 +28,8 @@ class LowRankLinear(FormatLinear):
     """
 
     bias_name = "left.bias"
+    output_rows = ("left.weight", "left.bias")
+    input_columns = ("right.weight",)
 
     def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
         super().__init__(in_features, out_features, transposed)

@@ -1,6 +1,7 @@
 import torch
 from torch import nn
 
+from ..errors import CheckpointError
 from ..linalg import row_basis
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format
 
@@ -14,7 +15,7 @@ class PivotedLinear(FormatLinear):
     A matrix of rank r is r of its own rows P and coefficients for the rest R: `r (out + in - r)` numbers where two
     factors take `r (out + in)`, and fewer than the dense weight at every rank below full. Pivots are chosen so that
     no coefficient exceeds 1.05, which keeps half precision as good as two factors. The order costs one gather of the
-    output and `out` integers.
+    output and `out` integers; a layer whose outputs may come pivots first has neither, see [`fold_order`].
 
     Both tables are ordinary `nn.Linear` children, and train like factors; the choice of rows is fixed.
 
@@ -24,6 +25,7 @@ class PivotedLinear(FormatLinear):
         rank (`int`): in `1 .. min(out, in)`.
         bias (`bool`, defaults to `True`): whether there is an `output_bias`.
         transposed (`bool`, defaults to `False`): the replaced layer stored its weight as `(in, out)`.
+        pivots_first (`bool`, defaults to `False`): outputs come as `cat(z, z C^T)`, and there is no `order`.
 
     Shapes:
         `basis.weight` `(r, in)`, `coefficients.weight` `(out - r, r)`, `order` `(out,)` int32, `output_bias` `(out,)`.
@@ -38,15 +40,28 @@ class PivotedLinear(FormatLinear):
     """
 
     bias_name = "output_bias"
+    output_rows = ("order", "output_bias")
+    input_columns = ("basis.weight",)
 
-    def __init__(self, in_features, out_features, rank, bias=True, transposed=False, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        rank,
+        bias=True,
+        transposed=False,
+        pivots_first=False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__(in_features, out_features, transposed)
         check_rank(rank, out_features, in_features)
         self.basis = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.coefficients = None
         if rank < out_features:
             self.coefficients = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
-        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32, device=device))
+        order = None if pivots_first else torch.arange(out_features, dtype=torch.int32, device=device)
+        self.register_buffer("order", order)
         self.output_bias = None
         if bias:
             self.output_bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
@@ -56,12 +71,31 @@ class PivotedLinear(FormatLinear):
         """Number of rows of `basis`, read off the weights."""
         return self.basis.weight.shape[0]
 
+    @property
+    def pivots_first(self):
+        """Whether outputs are left in the order in which they are computed."""
+        return self.order is None
+
+    def spec(self):
+        return {**super().spec(), "pivots_first": True} if self.pivots_first else super().spec()
+
+    @classmethod
+    def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
+        pivots_first = spec.get("pivots_first", False)
+        if not isinstance(pivots_first, bool):
+            raise CheckpointError(
+                f"`pivots_first`={pivots_first!r} of a pivoted layer must be true or false. The checkpoint may be "
+                "damaged: download or save it again."
+            )
+        return cls(in_features, out_features, spec.get("rank"), bias=bias, pivots_first=pivots_first, **kwargs)
+
     def forward(self, x):
         y = self.basis(x)
         if self.coefficients is not None:
             y = torch.cat([y, self.coefficients(y)], dim=-1)
-        # gather takes the order row by row and is several times faster than indexing the last dimension.
-        y = y.gather(-1, self.order.long().expand_as(y))
+        if self.order is not None:
+            # gather takes the order row by row and is several times faster than indexing the last dimension.
+            y = y.gather(-1, self.order.long().expand_as(y))
         return y if self.output_bias is None else y + self.output_bias
 
     @classmethod
@@ -88,11 +122,11 @@ class PivotedLinear(FormatLinear):
         rows = plain(self.basis.weight).to(torch.promote_types(dtype, torch.float32))
         if self.coefficients is not None:
             rows = torch.cat([rows, plain(self.coefficients.weight).to(rows.dtype) @ rows])
-        return rows[self.order.long()].to(dtype)
+        return (rows if self.order is None else rows[self.order.long()]).to(dtype)
 
     def factors(self):
         basis = plain(self.basis.weight).detach().double()
         left = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
         if self.coefficients is not None:
             left = torch.cat([left, plain(self.coefficients.weight).detach().double()])
-        return left[self.order.long()], basis
+        return (left if self.order is None else left[self.order.long()]), basis

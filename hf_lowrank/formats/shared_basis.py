@@ -41,6 +41,8 @@ class SharedBasisLinear(FormatLinear):
     """
 
     bias_name = "left.bias"
+    output_rows = ("left.weight", "left.bias")
+    input_columns = ("right.weight",)
     lent = ("right.weight",)
 
     def __init__(

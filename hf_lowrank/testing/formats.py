@@ -1,5 +1,6 @@
 """What every format promises."""
 
+import copy
 import json
 import os
 import tempfile
@@ -18,7 +19,8 @@ def check_format(format, rows=24, columns=40, rank=8):
 
     `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
     `cost` and `stored_bytes` are what is stored, integers included; the lowest and the full rank work; casts work;
-    `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it.
+    `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows` and
+    `input_columns` are just that.
     """
     assert FORMATS[format.name] is format
     for bias in (torch.linspace(-1, 1, rows, dtype=torch.float64), None):
@@ -27,6 +29,7 @@ def check_format(format, rows=24, columns=40, rank=8):
             _check_forward(layer, rows, columns, bias)
             _check_round_trip(format, layer, bias is not None, transposed)
             _check_weight(layer, transposed)
+            _check_channels(layer)
     stored = sum(tensor.numel() for tensor in layer.state_dict().values())
     assert stored == format.cost(rows, columns, rank)
     size = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
@@ -84,6 +87,20 @@ def _check_round_trip(format, layer, bias, transposed):
     # Kernels may sum in an order that depends on the address of the tensors.
     torch.testing.assert_close(again(x), layer(x), rtol=1e-13, atol=1e-14)
     assert (layer.bias is None) == (not bias)
+
+
+def _check_channels(layer):
+    x = torch.randn(3, layer.in_features, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    rows, columns = torch.arange(layer.out_features).flip(0), torch.arange(layer.in_features).flip(0)
+    for names, order, dimension in ((layer.output_rows, rows, 0), (layer.input_columns, columns, 1)):
+        if not names:
+            continue
+        changed = copy.deepcopy(layer)
+        for name, tensor in changed.state_dict(keep_vars=True).items():
+            if name in names:
+                tensor.data = tensor.data.index_select(dimension, order)
+        expected = layer(x)[:, rows] if dimension == 0 else layer(x[:, columns])
+        torch.testing.assert_close(changed(x), expected, rtol=1e-13, atol=1e-14)
 
 
 def _check_weight(layer, transposed):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_lowrank import CheckpointError
 from hf_lowrank.formats import FORMATS
 from hf_lowrank.formats.pivoted import PivotedLinear
 from hf_lowrank.linalg import balanced, truncated_svd
@@ -63,3 +64,39 @@ def test_casting_leaves_the_order_alone():
     layer = PivotedLinear.from_factors(pair, dtype=torch.float32).to(torch.bfloat16)
     assert layer.order.dtype == torch.int32
     assert layer(torch.randn(3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def without_order(layer):
+    spec = {**layer.spec(), "pivots_first": True}
+    shape = (layer.in_features, layer.out_features, layer.bias is not None)
+    again = PivotedLinear.from_spec(spec, *shape, dtype=layer.basis.weight.dtype)
+    again.load_state_dict({key: value for key, value in layer.state_dict().items() if key != "order"}, strict=True)
+    return again
+
+
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 24, dtype=torch.float64)])
+@pytest.mark.parametrize("rank", [1, 8, 24])
+def test_pivots_first_is_the_same_map_before_the_gather(rank, bias):
+    _, pair = factors(24, 40, rank)
+    layer = PivotedLinear.from_factors(pair, bias, dtype=torch.float64)
+    bare = without_order(layer)
+    x = torch.randn(3, 5, 40, dtype=torch.float64)
+    added = 0 if bias is None else bias
+    torch.testing.assert_close((bare(x) - added)[..., layer.order.long()] + added, layer(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(bare(x), x @ bare.dense_weight().T + added, rtol=1e-13, atol=1e-13)
+    assert torch.equal(torch.compile(bare, fullgraph=True, backend="eager")(x), bare(x))
+
+
+def test_pivots_first_is_said_by_the_spec_and_stores_no_order():
+    layer = PivotedLinear(6, 5, 2)
+    assert "pivots_first" not in layer.spec()
+    assert not layer.pivots_first
+    bare = without_order(layer)
+    assert bare.spec() == {"format": "pivoted", "rank": 2, "pivots_first": True}
+    assert set(bare.state_dict()) == {"basis.weight", "coefficients.weight", "output_bias"}
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_a_damaged_spec_is_refused(value):
+    with pytest.raises(CheckpointError, match="pivots_first.*true or false"):
+        PivotedLinear.from_spec({"format": "pivoted", "rank": 2, "pivots_first": value}, 6, 5, True)
