@@ -34,8 +34,6 @@ class FactorTunerLinear(nn.Module, BaseTunerLayer):
         self.scaling = {}
         self.dropout = {}
         self.merged_adapters = []
-        # What undoes each merge; one entry may stand for several adapters.
-        self._kept = []
 
     def factors(self, adapter):
         """`left` `(out, R)`, scale included, and `right` `(R, in)` of one adapter, through which gradients flow."""
@@ -67,15 +65,18 @@ class FactorTunerLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
         if names:
             lefts, rights = zip(*map(self.factors, names), strict=True)
-            self._kept.append(merge_into(self.get_base_layer(), torch.cat(lefts, 1), torch.cat(rights)))
+            merge_into(self.get_base_layer(), torch.cat(lefts, 1), torch.cat(rights))
             self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self):
         """Restore the weight of the base layer, bit for bit."""
-        while self._kept:
-            unmerge_from(self.get_base_layer(), self._kept.pop())
+        unmerge_from(self.get_base_layer())
         self.merged_adapters.clear()
+
+    def get_delta_factors(self, adapter):
+        """`factors` under the name by which merging into a factorized layer asks for them."""
+        return self.factors(adapter)
 
     def get_delta_weight(self, adapter):
         """The update of one adapter in the layout of the base weight, in float32 or wider."""

@@ -6,6 +6,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import NonFiniteError, TargetError
 from ..formats import FormatLinear
+from ..rewrite import check_rewritable
+
+
+# The attribute of a layer that holds the weight it had before anything was merged.
+KEPT = "_before_merging"
 
 
 def check_mergeable(base):
@@ -13,12 +18,11 @@ def check_mergeable(base):
 
     Raises:
         TargetError: naming what to do instead.
+        ComputedWeightError: the same of a factorized layer.
     """
     if isinstance(base, FormatLinear):
-        raise TargetError(
-            f"An adapter cannot be merged into the factors of a {type(base).__name__} yet. Keep it unmerged, or make "
-            "the model dense with hf_lowrank.to_dense(model) before the adapter is added."
-        )
+        check_rewritable(base)
+        return
     weight = base._parameters.get("weight")
     plain = weight is not None and type(weight.data) is torch.Tensor and weight.dtype.is_floating_point
     if not isinstance(base, (nn.Linear, Conv1D)) or not plain:
@@ -30,10 +34,10 @@ def check_mergeable(base):
 
 
 def merge_into(base, left, right):
-    """Add `left @ right` to the weight of `base`; returns what [`unmerge_from`] needs to restore its bits.
+    """Add `left @ right` to the weight of a dense `base`.
 
-    Subtracting the update again would leave rounding behind, so the weight of a dense layer is kept as it was: one
-    more weight in memory for every merge that may be undone.
+    Subtracting the update again would leave rounding behind, so the first weight is kept with the layer: one more in
+    memory as long as merging may be undone.
 
     Args:
         base (`torch.nn.Module`): the layer that the adapter wraps.
@@ -45,22 +49,28 @@ def merge_into(base, left, right):
         NonFiniteError: the merged weight would hold NaN or infinite values.
     """
     check_mergeable(base)
-    kept = base.weight.data
-    merged = _add_product(kept, left, right, transposed=isinstance(base, Conv1D))
+    before = base.weight.data
+    merged = _add_product(before, left, right, transposed=isinstance(base, Conv1D))
     if not torch.isfinite(merged).all():
         raise NonFiniteError(
             f"The merged weight of shape {tuple(merged.shape)} would hold NaN or infinite values; look for them in "
             "the adapter, and at its scale. This weight is as it was; call `unmerge_adapter` for those merged before."
         )
     base.weight.data = merged
-    return kept
+    vars(base).setdefault(KEPT, before)
 
 
-def unmerge_from(base, kept):
-    """Undo the last [`merge_into`] of `base`, given what that returned."""
-    weight = base.weight
-    # The model may have been moved or cast in between.
-    weight.data = kept.to(weight.device, weight.dtype)
+def unmerge_from(base):
+    """Undo every [`merge_into`] of `base`."""
+    before = vars(base).pop(KEPT, None)
+    if before is not None:
+        # The model may have been moved or cast in between.
+        base.weight.data = before.to(base.weight.device, base.weight.dtype)
+
+
+def settle(base):
+    """Give up what could undo merging; the weight stays as it is."""
+    vars(base).pop(KEPT, None)
 
 
 def _add_product(weight, left, right, transposed):

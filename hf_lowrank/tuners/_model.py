@@ -1,8 +1,9 @@
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners import tuners_utils
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from ..errors import ConfigError
+from ..errors import ComputedWeightError, ConfigError
 from ..formats import FormatLinear
-from ._merge import check_mergeable
+from ._merge import check_mergeable, settle
 
 
 class FactorTuner(BaseTuner):
@@ -17,18 +18,8 @@ class FactorTuner(BaseTuner):
     target_module_mapping = {}
 
     def _prepare_adapter_config(self, peft_config, model_config):
-        # PEFT would take the factors of a factorized layer for linears of their own.
-        if str(peft_config.target_modules).lower() == "all-linear":
-            inside = {
-                f"{name}.{child}": name
-                for name, module in self.model.named_modules()
-                if isinstance(module, FormatLinear)
-                for child, _ in module.named_modules()
-                if child
-            }
-            expanded = _maybe_include_all_linear_layers(peft_config, self.model)
-            expanded.target_modules = {inside.get(name, name) for name in expanded.target_modules}
-        return peft_config
+        # PEFT would expand "all-linear" only after `_prepare_model`, whose checks need the names.
+        return tuners_utils._maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config, model):
         inside = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, BaseTunerLayer))
@@ -57,15 +48,12 @@ class FactorTuner(BaseTuner):
             if isinstance(module, self.tuner_layer_cls):
                 try:
                     check_mergeable(module.get_base_layer())
-                except ConfigError as error:
+                except (ConfigError, ComputedWeightError) as error:
                     raise type(error)(f"{name}: {error}") from error
 
     def _replace_module(self, parent, child_name, new_module, child):
-        if hasattr(new_module, "base_layer"):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            # Unloading: PEFT would write the weight back, which a factorized layer computes.
-            setattr(parent, child_name, new_module)
+        super()._replace_module(parent, child_name, new_module, child)
+        settle(new_module)
 
     def _mark_only_adapters_as_trainable(self, model):
         super()._mark_only_adapters_as_trainable(model)

@@ -167,18 +167,40 @@ def test_a_second_adapter_by_an_expression_that_fits_the_first_ones_insides_too(
     assert [sorted(layer.scaling) for layer in layers] == [["default", "second"]] * 2
 
 
-def test_a_factorized_layer_counts_as_one_and_refuses_to_merge():
+def test_nothing_is_kept_once_adapters_are_gone():
+    model, _ = tiny_model("llama")
+    attributes = set(vars(model.model.layers[0].self_attn.q_proj))
+    merged = peft.get_peft_model(model, WaraConfig(target_modules=["q_proj"])).merge_and_unload()
+    assert set(vars(merged.model.layers[0].self_attn.q_proj)) == attributes
+
+
+@pytest.mark.parametrize("format", ["low_rank", "pivoted"])
+def test_a_factorized_layer_counts_as_one_and_takes_the_merged_factors(format):
     model, inputs = tiny_model("llama")
-    config = hf_lowrank.LowRankConfig(method="svd", target_modules=["down_proj"], param_ratio=0.5)
-    model = peft.get_peft_model(factorize(model, config), WaraConfig())
+    config = hf_lowrank.LowRankConfig(method="svd", target_modules=["down_proj"], rank=4, format=format)
+    model = peft.get_peft_model(factorize(model, config), WaraConfig(r=2)).eval()
     names = [name for name, module in model.named_modules() if isinstance(module, WaraLinear)]
     assert len(names) == 14
     assert not any(".base_layer" in name for name in names)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(TargetError, match="layers.0.mlp.down_proj: .*LowRankLinear yet.*to_dense"):
-            merge()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()), "none is half merged"
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        adapted = model(**inputs()).logits
+        model.merge_adapter()
+        torch.testing.assert_close(model(**inputs()).logits, adapted, rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**inputs()).logits, adapted, rtol=1e-4, atol=1e-5)
+    layer = merged.model.layers[0].mlp.down_proj
+    assert type(layer) is hf_lowrank.FORMATS[format]
+    # Four pairs of bands, each of which adds its rank.
+    assert layer.rank == 4 + 4 * 2
+    assert all(p.requires_grad is False for p in layer.parameters())
 
 
 def test_a_weight_that_is_computed_or_not_finite_refuses_to_merge():

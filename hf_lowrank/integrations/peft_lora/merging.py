@@ -63,10 +63,24 @@ class MergesFactors:
                 self._merge_one(layer, name, safe_merge)
 
     def _merge_one(self, layer, name, safe_merge):
+        stand_in = _dense(layer)
+        if not self._merge_as_dense(layer, stand_in, name, safe_merge):
+            return
+        if MERGED not in vars(layer):
+            Merged.begin(layer, self.lenders)
+        bias = None if layer.bias is None else stand_in.bias.to(layer.bias.dtype)
+        try:
+            absorb(layer, stand_in.weight, bias, self._updates(name), self.lenders)
+        except LowRankError:
+            self.merged_adapters.remove(name)
+            raise
+        vars(layer)[MERGED].history.append((self, name))
+
+    def _merge_as_dense(self, layer, stand_in, name, safe_merge):
+        """PEFT's own merge, into a dense layer that stands in for the factorized one; whether it changed that."""
         outer = self
         while outer.base_layer is not layer:
             outer = outer.base_layer
-        stand_in = _dense(layer)
         outer.base_layer = stand_in
         try:
             with _widened(self, stand_in.weight.dtype):
@@ -79,18 +93,7 @@ class MergesFactors:
         if exchanges:
             # Methods that hold a copy of the layer (LN tuning) put it in the layer's place, and need no other help.
             super().merge(safe_merge=safe_merge, adapter_names=[name])
-            return
-        if name not in self.merged_adapters:
-            return
-        if MERGED not in vars(layer):
-            Merged.begin(layer, self.lenders)
-        bias = None if layer.bias is None else stand_in.bias.to(layer.bias.dtype)
-        try:
-            absorb(layer, stand_in.weight, bias, self._updates(name), self.lenders)
-        except LowRankError:
-            self.merged_adapters.remove(name)
-            raise
-        vars(layer)[MERGED].history.append((self, name))
+        return name in self.merged_adapters and not exchanges
 
     def _updates(self, name):
         """The factors of what `name` adds, where there are any; [`absorb`] checks them against the merged weight.
