@@ -35,6 +35,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     default_data_collator,
+    logging,
     set_seed,
 )
 
@@ -187,17 +188,16 @@ def train(task, model, rate, seed, steps, folder):
 
 
 def one_run(task, folder, name, seed, steps, scratch):
-    """`{"score", "before", "parameters"}` of one adapter under one seed."""
+    """`{"score", "parameters"}` of one adapter under one seed."""
     make, rate = ADAPTERS[name]
     set_seed(seed)
     model = task.load(folder)
     # The classifier is drawn before the adapter, so that all adapters of a seed start from the same one.
     model = peft.get_peft_model(model, make(model, task.common))
-    before = task.score(model)
     trainable = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     set_seed(seed)
     train(task, model, rate, seed, steps, scratch)
-    return {"before": before, "score": task.score(model), "parameters": trainable}
+    return {"score": task.score(model), "parameters": trainable}
 
 
 def measure(name, ratio, adapters, seeds, steps, data):
@@ -220,7 +220,7 @@ def measure(name, ratio, adapters, seeds, steps, data):
             found["runs"].setdefault(adapter, {})[str(seed)] = run
             found["environment"] = evaluation.environment()
             write(path, found)
-            print(f"{name} {ratio:g} {adapter} {seed}: {run['before']:.4g} -> {run['score']:.4g}", flush=True)
+            print(f"{name} {ratio:g} {adapter} {seed}: {run['score']:.4g}", flush=True)
 
 
 def write(path, found):
@@ -276,6 +276,7 @@ def main():
     parser.add_argument("--table", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    logging.set_verbosity_error()
     if not asked.table:
         for task in asked.tasks:
             for ratio in asked.ratios if task != LANGUAGE else [max(asked.ratios)]:
