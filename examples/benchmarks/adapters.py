@@ -1,13 +1,13 @@
 """Adapters of equal size on factorized models: how much of the quality each brings back.
 
     PYTHONPATH=examples python examples/benchmarks/adapters.py [--data DIR] [--tasks sst2 mrpc rte wikipedia]
-        [--ratios 0.6 0.4] [--adapters lora waveft ...] [--seeds 5] [--steps 60] [--table]
+        [--ratios 0.6 0.4] [--adapters lora waveft ...] [--seeds 5] [--steps 60] [--readme]
 
 MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is factorized and trained on Wikipedia.
 Every adapter gets the data in the same order and has as many trainable parameters as LoRA of rank 8, the new
 classifier excepted, which all train. The training sets are subsampled: a run sees `steps` batches of 32 sentences, or
 of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped;
-`--table` prints what is there as Markdown and runs nothing.
+`--readme` runs nothing and writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of README.md.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from transformers import (
 )
 
 from benchmarks import setups
+from benchmarks.table import ROOT, into_readme
 from hf_lowrank import LowRankConfig, WaraConfig, evaluation, factorize
 
 
@@ -261,7 +262,7 @@ def table(folder=RESULTS):
                 f"| {found['task']} ({found['metric']}) | {found['ratio']:g} | {name} | {len(scores)} | {parameters} "
                 f"| {statistics.mean(scores):.4g} | {deviation} | {said} |"
             )
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def main():
@@ -273,15 +274,18 @@ def main():
     parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--readme", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.set_verbosity_error()
-    if not asked.table:
-        for task in asked.tasks:
-            for ratio in asked.ratios if task != LANGUAGE else [max(asked.ratios)]:
-                measure(task, ratio, asked.adapters, asked.seeds, asked.steps, asked.data)
-    print(table())
+    if asked.readme:
+        path = ROOT / "README.md"
+        path.write_text(into_readme(path.read_text(encoding="utf-8"), table(), "adapters"), encoding="utf-8")
+        return
+    for task in asked.tasks:
+        for ratio in asked.ratios if task != LANGUAGE else [max(asked.ratios)]:
+            measure(task, ratio, asked.adapters, asked.seeds, asked.steps, asked.data)
+    print(table(), end="")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "quality"
 COMMAND = "PYTHONPATH=examples python examples/benchmarks/quality.py"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
 def read(folder=RESULTS):
@@ -83,13 +82,13 @@ def caption(result):
     return "; ".join(parts) + ". Bytes as stored, scales included."
 
 
-def into_readme(text, block):
-    """`text` with `block` between the markers."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def into_readme(text, block, name="results"):
+    """`text` with `block` between the markers of `name`."""
+    before, begin, rest = text.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
     if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} ... {END}")
-    return f"{before}{BEGIN}\n{block}{END}{after}"
+        raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+    return f"{before}{begin}\n{block}{end}{after}"
 
 
 def main():
