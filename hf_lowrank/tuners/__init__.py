@@ -1,6 +1,6 @@
 """Adapters for PEFT: `peft.get_peft_model(model, config)` with a config of ours. Importing it registers them."""
 
-from ._config import TunerConfig
+from ._config import TargetConfig, TunerConfig
 from ._layer import FactorTunerLinear
 from ._lora import save_as_lora, to_lora
 from ._model import FactorTuner
@@ -12,6 +12,7 @@ __all__ = [
     "TUNERS",
     "FactorTuner",
     "FactorTunerLinear",
+    "TargetConfig",
     "TunerConfig",
     "WaraConfig",
     "WaraModel",
