@@ -5,6 +5,7 @@ from ._layer import FactorTunerLinear
 from ._lora import save_as_lora, to_lora
 from ._model import FactorTuner
 from ._register import TUNERS, register_tuner
+from .mixed_rank import MixedRankConfig, MixedRankModel
 from .wara import WaraConfig, WaraModel
 
 
@@ -12,6 +13,8 @@ __all__ = [
     "TUNERS",
     "FactorTuner",
     "FactorTunerLinear",
+    "MixedRankConfig",
+    "MixedRankModel",
     "TargetConfig",
     "TunerConfig",
     "WaraConfig",

@@ -1,0 +1,156 @@
+import copy
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from ...errors import ConfigError, LowRankError
+from ...factorize import site_factors
+from ...integrations.config import LowRankConfig
+from ...integrations.planning import gather, informed_plan
+from ...integrations.verbs import describe, refuse_offloaded, refuse_quantized
+from ...kinds import kind_of
+from ...linalg import require_finite
+from ...methods import Factors
+from ...plan import make_plan
+from .._lora import PREFIX
+from .._model import FactorTuner
+from .layer import MixedRankLinear, only_one
+
+
+class MixedRankModel(FactorTuner):
+    """A model with mixed-rank layers; made by `peft.get_peft_model(model, MixedRankConfig(...))`.
+
+    Args:
+        model (`torch.nn.Module`): the dense model; its targeted weights are factorized here.
+        config ([`MixedRankConfig`]): how.
+        adapter_name (`str`): the name of the first.
+    """
+
+    prefix = "mixed_rank_"
+    tuner_layer_cls = MixedRankLinear
+    identity_at_start = False
+    additive = False
+    takes_factorized = False
+    branches = (True, False)
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        # The ranks found here belong to this model; the user's configuration stays as it was.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if kwargs.get("low_cpu_mem_usage") and config.ranks is None:
+            raise ConfigError(
+                "`low_cpu_mem_usage`=True leaves new parameters empty until a file is loaded; factors of a new "
+                "adapter are made from the weights, so leave it out."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        every = str(peft_config.target_modules).lower() == "all-linear"
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if every:
+            # PEFT also names linears whose weight is computed, or that are a part of a factorized layer.
+            peft_config.target_modules = {
+                name
+                for name in peft_config.target_modules
+                if kind_of(_unwrapped(self.model.get_submodule(name.removeprefix(PREFIX)))) is not None
+            }
+        return peft_config
+
+    def _prepare_model(self, peft_config, model):
+        targets = {}
+        for name, module in model.named_modules():
+            if name and self._check_target_module_exists(peft_config, name):
+                own, base = name.removeprefix(PREFIX), _unwrapped(module)
+                try:
+                    self.tuner_layer_cls.check(own, base, peft_config)
+                except LowRankError as error:
+                    raise type(error)(f"{own}: {error}") from error
+                targets[own] = own if base is module else f"{own}.base_layer"
+        self._factors = {}
+        if peft_config.ranks is None and targets:
+            made = _make_factors(self.model, targets, peft_config)
+            peft_config.ranks = {name: factors.left.shape[1] for name, factors in made.items()}
+            self._factors = made
+
+    @staticmethod
+    def _check_target_module_exists(config, key):
+        # Of an adapter that is there, the layers whose factors would not have been smaller are no targets.
+        found = FactorTuner._check_target_module_exists(config, key)
+        return found and (config.ranks is None or key.removeprefix(PREFIX) in config.ranks)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        name = current_key.removeprefix(PREFIX)
+        new = not isinstance(target, self.tuner_layer_cls)
+        layer = self.tuner_layer_cls(target) if new else target
+        layer.update_layer(adapter_name, peft_config, peft_config.ranks[name], self._factors.pop(name, None))
+        if new:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        # Before any layer is touched.
+        only_one([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
+        """The model with the factors in place of the dense weights: saved and loaded as any factorized one.
+
+        Args:
+            progressbar (`bool`, defaults to `False`): whether to show one.
+            safe_merge (`bool`, defaults to `False`): PEFT's argument; factors that are not finite are always refused.
+            adapter_names (`list[str]`, *optional*): one name; the active adapter by default.
+
+        Returns:
+            The model that was adapted, changed in place.
+        """
+        name = only_one(list(adapter_names or self.active_adapters))
+        config = self.peft_config[name] if name else None
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if config is not None and getattr(model, "hf_quantizer", None) is None:
+            recipe = config.recipe()
+            given = {"rank_pattern": recipe.rank_pattern, "rank_multiple": recipe.rank_multiple}
+            budget = {"rank": recipe.rank, "param_ratio": recipe.param_ratio}
+            targets = {"target_modules": sorted(config.ranks), "allocation": recipe.allocation}
+            described = LowRankConfig(method=recipe.method, format=recipe.format, **given, **budget, **targets)
+            describe(model, described, None)
+        return model
+
+
+@torch.no_grad()
+def _make_factors(model, targets, config):
+    """`{name: Factors}` of the targets that become smaller.
+
+    Args:
+        model (`torch.nn.Module`): dense at the targets.
+        targets (`dict[str, str]`): `{name: name of the dense layer}`; they differ where an adapter is there already.
+        config ([`MixedRankConfig`]): how.
+
+    Raises:
+        LowRankError: of the kind that fits; also if no target becomes smaller.
+    """
+    refuse_quantized(model)
+    refuse_offloaded(model)
+    names = {dense: name for name, dense in targets.items()}
+    # The dense layer inside an adapter has the rank that is given for the layer.
+    pattern = {rf"({key})(\.base_layer)?": rank for key, rank in config.rank_pattern.items()}
+    recipe = config.recipe(target_modules=sorted(names), rank_pattern=pattern)
+    sites = list(make_plan(model, recipe).members.values())
+    if not sites:
+        raise ConfigError(
+            f"At this budget (`r`={config.r}, `param_ratio`={config.param_ratio}) the factors of none of the "
+            f"{len(targets)} targeted layers are smaller than their weights; lower it, or `rank_multiple`."
+        )
+    gathered = gather(model, sites, recipe, config.statistics, None)
+    plan, made = informed_plan(model, recipe, gathered), {}
+    for site in plan.sites.values():
+        weight = site.kind.weight(model, site)
+        (factors,) = site_factors(site, weight, plan.ranks[site.name], recipe, gathered.statistics)
+        left, right = (factor.to(weight) for factor in (factors.left, factors.right))
+        for factor in (left, right):
+            require_finite(factor, f"A factor of {site.name} in {weight.dtype}")
+        made[names[site.name]] = Factors(left, right, factors.relative_error)
+    return made
+
+
+def _unwrapped(module):
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
