@@ -8,6 +8,10 @@ from hf_lowrank.tuners.wara import WaraLinear
 
 # What each tuner is checked with beside its defaults.
 VARIANTS = {
+    "mixed_rank": [
+        {"train_full": False, "r": 8},
+        {"keep_zeros": False, "method": {"name": "svd"}, "param_ratio": 0.4},
+    ],
     "wara": [
         {"wavelet": "db2", "levels": 2, "r": 2, "subband_ranks": {"H1:H1": 0}, "subband_gains": {"L:L": 2.0}},
         {"wavelet": "sym4", "share_subbands": True},

@@ -115,7 +115,9 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
     def _full(self, adapter, x):
         base = self.base_layer
         if adapter not in self.mixed_rank_full:
-            return base(x)
+            y = base(x)
+            # In a step that draws nothing trainable the loss would have no graph, and no backward pass.
+            return y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
         weight = self.mixed_rank_full[adapter].to(base.weight.dtype)
         if self.keep_zeros[adapter]:
             weight = torch.where(base.weight == 0, base.weight, weight)

@@ -8,7 +8,6 @@ from ...factorize import site_factors
 from ...integrations.config import LowRankConfig
 from ...integrations.planning import gather, informed_plan
 from ...integrations.verbs import describe, refuse_offloaded, refuse_quantized
-from ...kinds import kind_of
 from ...linalg import require_finite
 from ...methods import Factors
 from ...plan import make_plan
@@ -42,18 +41,6 @@ class MixedRankModel(FactorTuner):
                 "adapter are made from the weights, so leave it out."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-
-    def _prepare_adapter_config(self, peft_config, model_config):
-        every = str(peft_config.target_modules).lower() == "all-linear"
-        peft_config = super()._prepare_adapter_config(peft_config, model_config)
-        if every:
-            # PEFT also names linears whose weight is computed, or that are a part of a factorized layer.
-            peft_config.target_modules = {
-                name
-                for name in peft_config.target_modules
-                if kind_of(_unwrapped(self.model.get_submodule(name.removeprefix(PREFIX)))) is not None
-            }
-        return peft_config
 
     def _prepare_model(self, peft_config, model):
         targets = {}
