@@ -2,6 +2,7 @@ import copy
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ...errors import ConfigError, LowRankError
 from ...factorize import site_factors
@@ -35,7 +36,9 @@ class MixedRankModel(FactorTuner):
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
         # The ranks found here belong to this model; the user's configuration stays as it was.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        if kwargs.get("low_cpu_mem_usage") and config.ranks is None:
+        # PEFT asks for empty parameters by argument, or by a context in which every new one is.
+        empty = kwargs.get("low_cpu_mem_usage") or nn.Linear(1, 1).weight.is_meta
+        if empty and config.ranks is None:
             raise ConfigError(
                 "`low_cpu_mem_usage`=True leaves new parameters empty until a file is loaded; factors of a new "
                 "adapter are made from the weights, so leave it out."
@@ -121,13 +124,15 @@ def _make_factors(model, targets, config):
     # The dense layer inside an adapter has the rank that is given for the layer.
     pattern = {rf"({key})(\.base_layer)?": rank for key, rank in config.rank_pattern.items()}
     recipe = config.recipe(target_modules=sorted(names), rank_pattern=pattern)
-    sites = list(make_plan(model, recipe).members.values())
-    if not sites:
+    plan = make_plan(model, recipe)
+    if not plan.sites:
         raise ConfigError(
             f"At this budget (`r`={config.r}, `param_ratio`={config.param_ratio}) the factors of none of the "
             f"{len(targets)} targeted layers are smaller than their weights; lower it, or `rank_multiple`."
         )
-    gathered = gather(model, sites, recipe, config.statistics, None)
+    gathered = gather(model, list(plan.sites.values()), recipe, config.statistics, None)
+    if gathered.statistics is not None:
+        gathered.statistics.check(plan.statistics_shapes(recipe.method.statistics))
     plan, made = informed_plan(model, recipe, gathered), {}
     for site in plan.sites.values():
         weight = site.kind.weight(model, site)
