@@ -243,6 +243,12 @@ def test_ranks_by_name_also_beside_another_adapter():
     assert torch.equal(evaluate(model, inputs), alone), "made from the same weights"
 
 
+def test_an_expression_that_also_matches_what_is_inside_an_adapter():
+    model, _, inputs = adapted(r=8, target_modules=".*q_proj.*")
+    model.add_adapter("second", MixedRankConfig(r=6, target_modules=".*q_proj.*"))
+    assert model.peft_config["second"].ranks.keys() == model.peft_config["default"].ranks.keys()
+
+
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [

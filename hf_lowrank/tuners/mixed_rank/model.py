@@ -1,10 +1,9 @@
 import copy
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...errors import ConfigError, LowRankError
+from ...errors import ConfigError
 from ...factorize import site_factors
 from ...integrations.config import LowRankConfig
 from ...integrations.planning import gather, informed_plan
@@ -13,7 +12,7 @@ from ...linalg import require_finite
 from ...methods import Factors
 from ...plan import make_plan
 from .._lora import PREFIX
-from .._model import FactorTuner
+from .._model import FactorTuner, naming
 from .layer import MixedRankLinear, only_one
 
 
@@ -47,14 +46,11 @@ class MixedRankModel(FactorTuner):
 
     def _prepare_model(self, peft_config, model):
         targets = {}
-        for name, module in model.named_modules():
-            if name and self._check_target_module_exists(peft_config, name):
-                own, base = name.removeprefix(PREFIX), _unwrapped(module)
-                try:
-                    self.tuner_layer_cls.check(own, base, peft_config)
-                except LowRankError as error:
-                    raise type(error)(f"{own}: {error}") from error
-                targets[own] = own if base is module else f"{own}.base_layer"
+        for name, module, base in self._targets(peft_config, model):
+            own = name.removeprefix(PREFIX)
+            with naming(own):
+                self.tuner_layer_cls.check(own, base, peft_config)
+            targets[own] = own if base is module else f"{own}.base_layer"
         self._factors = {}
         if peft_config.ranks is None and targets:
             made = _make_factors(self.model, targets, peft_config)
@@ -67,15 +63,9 @@ class MixedRankModel(FactorTuner):
         found = FactorTuner._check_target_module_exists(config, key)
         return found and (config.ranks is None or key.removeprefix(PREFIX) in config.ranks)
 
-    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        name = current_key.removeprefix(PREFIX)
-        new = not isinstance(target, self.tuner_layer_cls)
-        layer = self.tuner_layer_cls(target) if new else target
-        layer.update_layer(adapter_name, peft_config, peft_config.ranks[name], self._factors.pop(name, None))
-        if new:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+    def _update_layer(self, layer, adapter_name, module_name, config):
+        name = module_name.removeprefix(PREFIX)
+        layer.update_layer(adapter_name, config, config.ranks[name], self._factors.pop(name, None))
 
     def set_adapter(self, adapter_name, inference_mode=False):
         # Before any layer is touched.
@@ -142,7 +132,3 @@ def _make_factors(model, targets, config):
             require_finite(factor, f"A factor of {site.name} in {weight.dtype}")
         made[names[site.name]] = Factors(left, right, factors.relative_error)
     return made
-
-
-def _unwrapped(module):
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
