@@ -104,7 +104,7 @@ class MixedRankTrainer(Trainer):
 
     Raises:
         ConfigError: a value that is not allowed, gradient checkpointing (a pass would be recomputed with the draw of
-            the other), or `"kl"` of outputs with one number each.
+            the other), several GPUs in one process, or `"kl"` of outputs with one number each.
 
     Reference:
         As for [`MixedRankConfig`]; reconstructed.
@@ -132,6 +132,11 @@ class MixedRankTrainer(Trainer):
             raise ConfigError(
                 "Gradient checkpointing recomputes the first of two passes after the second has drawn other branches; "
                 "turn it off, or give MixedRankTrainer consistency_weight=0."
+            )
+        if self.consistency_weight and self.args.n_gpu > 1:
+            raise ConfigError(
+                f"One process drives {self.args.n_gpu} GPUs, whose copies of the model cannot make two passes each; "
+                "start one process a GPU with `torchrun` or `accelerate launch`."
             )
         return super().train(*args, **kwargs)
 

@@ -310,6 +310,13 @@ def test_activation_checkpointing_goes_with_one_pass_only(tmp_path):
         torch.testing.assert_close(checkpointed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_several_devices_in_one_process_are_refused(tmp_path):
+    trainer = make(tmp_path)
+    trainer.args._n_gpu = 2
+    with pytest.raises(ConfigError, match="One process drives 2 GPUs.*torchrun"):
+        trainer.train()
+
+
 def test_divergence_of_single_numbers_is_refused(tmp_path):
     trainer = make(tmp_path)
     with pytest.raises(ConfigError, match="one number; use 'mse'"):
