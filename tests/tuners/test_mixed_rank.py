@@ -207,6 +207,13 @@ def test_merging_is_the_product_in_float64(kind):
     assert torch.equal(layer.weight, before)
 
 
+def test_making_factors_leaves_other_randomness_alone():
+    model, _ = tiny_model("llama")
+    before = torch.random.get_rng_state()
+    peft.get_peft_model(model, MixedRankConfig())
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_the_users_configuration_serves_many_models():
     config = MixedRankConfig(r=8)
     for architecture in ("llama", "gpt2"):

@@ -36,7 +36,7 @@ class MixedRankModel(FactorTuner):
         # The ranks found here belong to this model; the user's configuration stays as it was.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         # PEFT asks for empty parameters by argument, or by a context in which every new one is.
-        empty = kwargs.get("low_cpu_mem_usage") or nn.Linear(1, 1).weight.is_meta
+        empty = kwargs.get("low_cpu_mem_usage") or nn.ParameterList([torch.empty(1)])[0].is_meta
         if empty and config.ranks is None:
             raise ConfigError(
                 "`low_cpu_mem_usage`=True leaves new parameters empty until a file is loaded; factors of a new "
