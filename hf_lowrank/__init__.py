@@ -1,7 +1,8 @@
 """hf_lowrank: make Hugging Face models smaller by factorizing their weights.
 
 Importing this package registers everything with transformers; `from_pretrained(..., lowrank_config=LowRankConfig())`
-then factorizes while it loads. The names in `NEED_PEFT` are imported with PEFT, on first use.
+then factorizes while it loads. The names in `NEED_PEFT` are imported with PEFT, those in `NEED_TRAINER` with
+transformers' `Trainer`, on first use.
 """
 
 from .allocation import ALLOCATORS, Allocator, Candidate, Probe, register_allocator
@@ -100,12 +101,17 @@ __all__ = [
     "truncate",
 ]
 
-NEED_PEFT = ("WaraConfig", "WaraModel")
+NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
+NEED_TRAINER = ("MixedRankCallback", "MixedRankTrainer")
 
 register_tuners()
 
 
 def __getattr__(name):
+    if name in NEED_TRAINER:
+        from . import training
+
+        return getattr(training, name)
     if name not in NEED_PEFT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
@@ -118,4 +124,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *NEED_PEFT})
+    return sorted({*globals(), *NEED_PEFT, *NEED_TRAINER})

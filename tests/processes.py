@@ -9,12 +9,13 @@ import sysconfig
 # The packages of this environment, without its .pth files; and none of ours, unless `sys.path` is told where.
 ABSENT = """
 import sys
+from importlib.machinery import PathFinder
 sys.path.append({site!r})
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Absent())
+class Absent(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {absent!r} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Absent
 """
 
 

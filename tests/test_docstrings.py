@@ -7,7 +7,7 @@ import pytest
 import hf_lowrank
 
 
-PUBLIC = sorted([*hf_lowrank.__all__, *hf_lowrank.NEED_PEFT])
+PUBLIC = sorted([*hf_lowrank.__all__, *hf_lowrank.NEED_PEFT, *hf_lowrank.NEED_TRAINER])
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -59,11 +59,11 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
     """
     if factorized(model):
         raise ConfigError("The model is factorized already; call hf_lowrank.to_dense(model) first.")
-    _refuse_quantized(model)
+    refuse_quantized(model)
     plan = make_plan(model, config, available)
     if not plan.sites:
         return model
-    _refuse_offloaded(model)
+    refuse_offloaded(model)
     gathered = gather(model, list(plan.members.values()), config, calibration, tokenizer)
     statistics = gathered.statistics
     if statistics is not None:
@@ -83,11 +83,22 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
         made = refined(model, plan, made, config, gathered.batches, kept)
     for site in plan.members.values():
         put(model, site, made.pop(site.name))
-    config.recipe = {**config.to_json(), "calibration": gathered.provenance}
+    describe(model, config, gathered.provenance)
+    return model
+
+
+def describe(model, config, provenance):
+    """Let the transformers models in `model` that hold factors be saved as factorized ones.
+
+    Args:
+        model (`torch.nn.Module`): factorized.
+        config ([`LowRankConfig`]): how; its `recipe` becomes part of what is saved.
+        provenance (`dict`, *optional*): JSON that describes the calibration data.
+    """
+    config.recipe = {**config.to_json(), "calibration": provenance}
     for part in _outermost_pretrained(model):
         if factorized(part):
             attach(part, config)
-    return model
 
 
 @contextmanager
@@ -124,7 +135,7 @@ def _outermost_pretrained(module):
     return [found for child in module.children() for found in _outermost_pretrained(child)]
 
 
-def _refuse_quantized(model):
+def refuse_quantized(model):
     """Weights that another quantizer packs are not there to be factorized; those out of GGUF files are unpacked."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method not in (QUANT_METHOD, "gguf"):
@@ -183,7 +194,7 @@ def to_dense(model):
         bias was added by a method (`feature_pca`) keep it, with a warning: a dense checkpoint of an architecture
         without biases has no place for it, and loading one would lose it.
     """
-    _refuse_offloaded(model)
+    refuse_offloaded(model)
     multiply_out(model)
     for part in _outermost_pretrained(model):
         if isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):
@@ -191,7 +202,8 @@ def to_dense(model):
     return model
 
 
-def _refuse_offloaded(model):
+def refuse_offloaded(model):
+    """Weights that are not in memory cannot be worked on."""
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise LowRankError(
             "Some weights of the model are on disk or on the meta device; load it with "

@@ -2,10 +2,18 @@
 
 import peft
 import torch
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+from ..draws import two_branch_layers
 from ..integrations import LowRankConfig, factorize
+from ..tuners import FactorTuner
 from .models import tiny_model
+
+
+# float32: merging rounds the weight once, and sums of the update come in another order.
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+# Where factors take the place of a weight, the sums over all inputs do, not only those of an update.
+REPLACED = {"rtol": 1e-5, "atol": 5e-6}
 
 
 def adapter_base(architecture="llama", method=None, format=None):
@@ -52,3 +60,33 @@ def assert_same(state, expected):
     assert state.keys() == expected.keys()
     for name, tensor in state.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def declared(config, name):
+    """A class attribute of the tuner that `config` is for, by default as [`FactorTuner`] has it."""
+    return getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], name, getattr(FactorTuner, name))
+
+
+def tolerance(config):
+    """How far a merged layer may be from the layers that it was merged from."""
+    return CLOSE if declared(config, "additive") else REPLACED
+
+
+def refused(error, call, *arguments):
+    """Assert that a call raises `error`."""
+    try:
+        call(*arguments)
+    except error:
+        return
+    raise AssertionError(f"{call} has to raise {error.__name__}")
+
+
+def gradients(model, inputs, branches):
+    """Of every parameter that gets one, summed over the branches that training draws from."""
+    model.train()
+    model.zero_grad()
+    for branch in branches or (None,):
+        for layer in two_branch_layers(model).values():
+            layer.drawn = branch
+        model(**inputs).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

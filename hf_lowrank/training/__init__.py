@@ -1,6 +1,7 @@
 """Training of compressed models with transformers' `Trainer`."""
 
 from .distillation import Distillation, DistillationTrainer
+from .mixed_rank import MixedRankCallback, MixedRankTrainer
 
 
-__all__ = ["Distillation", "DistillationTrainer"]
+__all__ = ["Distillation", "DistillationTrainer", "MixedRankCallback", "MixedRankTrainer"]

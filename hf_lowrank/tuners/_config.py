@@ -11,21 +11,16 @@ from ._register import extend_peft_type, saved_type
 
 
 @dataclass
-class TunerConfig(PeftConfig):
-    """What all our tuners take, by the names and with the meaning that `peft.LoraConfig` gives them.
+class TargetConfig(PeftConfig):
+    """Which layers a tuner adapts and what is trained beside, by the names that `peft.LoraConfig` gives these.
 
     `name` is set by [`register_tuner`].
 
     Args:
-        r (`int`): rank.
-        lora_alpha (`float`): the update is scaled by `lora_alpha / r`.
-        lora_dropout (`float`, defaults to 0.0): probability in [0, 1) of dropping an input of the adapter.
-        use_rslora (`bool`, defaults to `False`): scale by `lora_alpha / sqrt(r)` instead.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but the output head; or a
             regular expression for full names; or a list of names or dotted suffixes. A factorized layer counts as one.
         exclude_modules (`str` or `list[str]`, *optional*): what to leave out of these.
         rank_pattern (`dict[str, ...]`, *optional*): module name, dotted suffix or regular expression -> its own rank.
-        alpha_pattern (`dict[str, float]`, *optional*): the same for `lora_alpha`.
         bias (`str`, defaults to `"none"`): biases that are trained and saved too: `"none"`, `"all"`, or those of the
             adapted layers.
         modules_to_save (`list[str]`, *optional*): modules that are trained whole, and saved with the adapter.
@@ -37,14 +32,9 @@ class TunerConfig(PeftConfig):
     """
 
     name: ClassVar[str]
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
     target_modules: list | str | None = "all-linear"
     exclude_modules: list | str | None = None
     rank_pattern: dict = field(default_factory=dict)
-    alpha_pattern: dict = field(default_factory=dict)
     bias: str = "none"
     modules_to_save: list | None = None
     layers_to_transform: list | int | None = None
@@ -55,17 +45,10 @@ class TunerConfig(PeftConfig):
         self.peft_type = extend_peft_type(type(self).name)
         self.target_modules = self._checked_names("target_modules")
         self.exclude_modules = self._checked_names("exclude_modules")
-        check_rank_option("`r`", self.r)
-        _check_alpha("`lora_alpha`", self.lora_alpha)
-        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout`={self.lora_dropout!r} must be in [0, 1): a probability of dropping.")
         biases = ("none", "all", f"{type(self).name}_only")
         if self.bias not in biases:
             raise ConfigError(f"`bias`={self.bias!r} must be one of {biases}.")
-        for name in ("rank_pattern", "alpha_pattern"):
-            self._check_pattern(name)
-        for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha(f"`alpha_pattern`[{pattern!r}]", alpha)
+        self._check_pattern("rank_pattern")
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -78,15 +61,6 @@ class TunerConfig(PeftConfig):
         """The configuration as it is saved; its `peft_type` tells a stack without this package what to install."""
         described = {**super().to_dict(), "peft_type": saved_type(self.peft_type)}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in described.items()}
-
-    def rank_for(self, module_name):
-        """The entry of `rank_pattern` for a module, or `r`."""
-        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
-
-    def scale_for(self, module_name, rank):
-        """The scale of the update of a module whose rank is `rank`."""
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.lora_alpha)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def _checked_names(self, name):
         value = getattr(self, name)
@@ -107,6 +81,47 @@ class TunerConfig(PeftConfig):
             raise ConfigError(f"`{name}`={value!r} must be a dict from module names.")
         for pattern in value:
             _check_expression(f"`{name}` key {pattern!r}", pattern)
+
+
+@dataclass
+class TunerConfig(TargetConfig):
+    """A [`TargetConfig`] of tuners that add a low-rank update to a weight, with LoRA's options for these.
+
+    Args:
+        r (`int`): rank.
+        lora_alpha (`float`): the update is scaled by `lora_alpha / r`.
+        lora_dropout (`float`, defaults to 0.0): probability in [0, 1) of dropping an input of the adapter.
+        use_rslora (`bool`, defaults to `False`): scale by `lora_alpha / sqrt(r)` instead.
+        alpha_pattern (`dict[str, float]`, *optional*): what `rank_pattern` is for `r`, for `lora_alpha`.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    alpha_pattern: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_rank_option("`r`", self.r)
+        _check_alpha("`lora_alpha`", self.lora_alpha)
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout`={self.lora_dropout!r} must be in [0, 1): a probability of dropping.")
+        self._check_pattern("alpha_pattern")
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_alpha(f"`alpha_pattern`[{pattern!r}]", alpha)
+
+    def rank_for(self, module_name):
+        """The entry of `rank_pattern` for a module, or `r`."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module_name), self.r)
+
+    def scale_for(self, module_name, rank):
+        """The scale of the update of a module whose rank is `rank`."""
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def is_number(value):

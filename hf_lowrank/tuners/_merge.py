@@ -56,12 +56,22 @@ def merge_into(base, left, right):
             f"The merged weight of shape {tuple(merged.shape)} would hold NaN or infinite values; look for them in "
             "the adapter, and at its scale. This weight is as it was; call `unmerge_adapter` for those merged before."
         )
-    base.weight.data = merged
-    vars(base).setdefault(KEPT, before)
+    exchange_weight(base, merged)
+
+
+def exchange_weight(base, weight):
+    """Put `weight`, a tensor, in place of that of a dense `base`, which is kept if it is the first."""
+    vars(base).setdefault(KEPT, base.weight.data)
+    base.weight.data = weight
+
+
+def first_weight(base):
+    """The weight of `base` before anything was merged into it."""
+    return vars(base).get(KEPT, base.weight)
 
 
 def unmerge_from(base):
-    """Undo every [`merge_into`] of `base`."""
+    """Undo every [`exchange_weight`] of `base`."""
     before = vars(base).pop(KEPT, None)
     if before is not None:
         # The model may have been moved or cast in between.

@@ -1,7 +1,9 @@
+from contextlib import contextmanager
+
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from ..errors import ComputedWeightError, ConfigError
+from ..errors import LowRankError
 from ..formats import FormatLinear
 from ._merge import check_mergeable, settle
 
@@ -12,7 +14,18 @@ class FactorTuner(BaseTuner):
     A subclass names its `prefix` and its `tuner_layer_cls`, a [`FactorTunerLinear`] with `update_layer(adapter_name,
     module_name, config)` and the static `check(module_name, base, config)`, which refuses what `update_layer` could
     not do.
+
+    Class attributes:
+        identity_at_start (`bool`): whether a new adapter changes no bit of the output.
+        additive (`bool`): whether the updates of several active adapters add up; otherwise one is active at a time.
+        takes_factorized (`bool`): whether it adapts factorized layers; otherwise they are refused.
+        branches (`tuple`): what a training step can draw from (values of `TwoBranches.drawn`); empty without draws.
     """
+
+    identity_at_start = True
+    additive = True
+    takes_factorized = True
+    branches = ()
 
     # `target_modules` has a default, so that none have to be guessed from the name of an architecture.
     target_module_mapping = {}
@@ -22,34 +35,37 @@ class FactorTuner(BaseTuner):
         return tuners_utils._maybe_include_all_linear_layers(peft_config, self.model)
 
     def _prepare_model(self, peft_config, model):
+        for name, _, base in self._targets(peft_config, model):
+            with naming(name):
+                self.tuner_layer_cls.check(name, base, peft_config)
+
+    def _targets(self, peft_config, model):
+        """`(name, module, base layer)` of all targets; the last two differ where there is an adapter already."""
         inside = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         for name, module in model.named_modules():
             if name and not name.startswith(inside) and self._check_target_module_exists(peft_config, name):
-                base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-                try:
-                    self.tuner_layer_cls.check(name, base, peft_config)
-                except ConfigError as error:
-                    raise type(error)(f"{name}: {error}") from error
+                yield name, module, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, current_key, peft_config)
+            self._update_layer(target, adapter_name, current_key, peft_config)
         else:
             layer = self.tuner_layer_cls(target)
-            layer.update_layer(adapter_name, current_key, peft_config)
+            self._update_layer(layer, adapter_name, current_key, peft_config)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _update_layer(self, layer, adapter_name, module_name, config):
+        layer.update_layer(adapter_name, module_name, config)
 
     def _check_merge_allowed(self):
         # All layers, before the first is changed.
         super()._check_merge_allowed()
         for name, module in self.model.named_modules():
             if isinstance(module, self.tuner_layer_cls):
-                try:
+                with naming(name):
                     check_mergeable(module.get_base_layer())
-                except (ConfigError, ComputedWeightError) as error:
-                    raise type(error)(f"{name}: {error}") from error
 
     def _replace_module(self, parent, child_name, new_module, child):
         super()._replace_module(parent, child_name, new_module, child)
@@ -65,6 +81,15 @@ class FactorTuner(BaseTuner):
     def _get_learnable_bias_state_dict(cls, model, state_dict, config):
         found = super()._get_learnable_bias_state_dict(model, state_dict, config)
         return found | {name: state_dict[name] for name in _format_biases(model, config.bias) if name in state_dict}
+
+
+@contextmanager
+def naming(name):
+    """Errors inside come out with the name of a module in front."""
+    try:
+        yield
+    except LowRankError as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def _format_biases(model, bias):

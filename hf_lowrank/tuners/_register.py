@@ -45,7 +45,7 @@ def register_tuner(name, config_cls, model_cls):
 
     Args:
         name (`str`): in lower case; names of the tuner's parameters start with it and an underscore.
-        config_cls (`type`): a [`TunerConfig`].
+        config_cls (`type`): a [`TargetConfig`].
         model_cls (`type`): a [`FactorTuner`].
 
     Raises:

@@ -1,13 +1,18 @@
 import pytest
 import torch
 
+from hf_lowrank import ConfigError
 from hf_lowrank.testing import check_tuner
-from hf_lowrank.tuners import TUNERS, WaraConfig, _layer
+from hf_lowrank.tuners import TUNERS, MixedRankConfig, MixedRankModel, WaraConfig, WaraModel, _layer
 from hf_lowrank.tuners.wara import WaraLinear
 
 
 # What each tuner is checked with beside its defaults.
 VARIANTS = {
+    "mixed_rank": [
+        {"train_full": False, "r": 8},
+        {"keep_zeros": False, "method": {"name": "svd"}, "param_ratio": 0.4},
+    ],
     "wara": [
         {"wavelet": "db2", "levels": 2, "r": 2, "subband_ranks": {"H1:H1": 0}, "subband_gains": {"L:L": 2.0}},
         {"wavelet": "sym4", "share_subbands": True},
@@ -67,3 +72,23 @@ def test_the_suite_catches_a_broken_tuner(broken, monkeypatch):
     broken(_layer, monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         check_tuner(WaraConfig)
+
+
+@pytest.mark.parametrize(
+    ("config_cls", "model_cls", "name", "value"),
+    [
+        (MixedRankConfig, MixedRankModel, "identity_at_start", True),
+        (MixedRankConfig, MixedRankModel, "additive", True),
+        (MixedRankConfig, MixedRankModel, "takes_factorized", True),
+        (MixedRankConfig, MixedRankModel, "branches", ()),
+        (MixedRankConfig, MixedRankModel, "branches", (False,)),
+        (WaraConfig, WaraModel, "identity_at_start", False),
+        (WaraConfig, WaraModel, "additive", False),
+        (WaraConfig, WaraModel, "takes_factorized", False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", repr(value)),
+)
+def test_the_suite_catches_a_wrong_declaration(config_cls, model_cls, name, value, monkeypatch):
+    monkeypatch.setattr(model_cls, name, value)
+    with pytest.raises((AssertionError, ConfigError)):
+        check_tuner(config_cls)

@@ -100,7 +100,8 @@ def test_without_peft_everything_else_works():
 import sys; sys.path.insert(0, {str(ROOT)!r})
 import hf_lowrank, hf_lowrank.testing
 from hf_lowrank import *
-assert "WaraConfig" in dir(hf_lowrank)
+from hf_lowrank import MixedRankCallback, MixedRankTrainer
+assert {{"MixedRankCallback", "MixedRankConfig", "WaraConfig"}} <= set(dir(hf_lowrank))
 try:
     from hf_lowrank import WaraConfig
 except ImportError as error:
@@ -109,6 +110,14 @@ except ImportError as error:
     done = run_without(("peft", "pywt"), code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "WaraConfig needs PEFT, which is not installed: `pip install 'hf-lowrank[peft]'`."
+
+
+def test_trainer_is_not_imported_before_it_is_needed():
+    done = run(
+        "import sys, hf_lowrank; print('transformers.trainer' in sys.modules); hf_lowrank.MixedRankCallback; "
+        "print('transformers.trainer' in sys.modules)"
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_peft_is_not_imported_before_it_is_needed():

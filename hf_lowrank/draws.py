@@ -1,0 +1,68 @@
+"""Layers that compute one of two things in a training step, and the draw that says which."""
+
+import torch
+
+from .errors import TargetError
+
+
+class TwoBranches:
+    """Mixin of layers with a full-rank weight and low-rank factors for the same map.
+
+    `drawn` is what the layer computes in training mode: the full-rank branch if `True`, the factors if `False`,
+    nothing before the first draw (`None`). In evaluation mode the factors count, whatever was drawn.
+    """
+
+    drawn = None
+
+
+def two_branch_layers(model):
+    """`{name: layer}` of the layers of `model` that have two branches, in the order of its modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TwoBranches)}
+
+
+def draws(count, probability, seed, step, turn=0):
+    r"""Independent Bernoulli draws that nothing but the arguments decides.
+
+        z_i = [u_i < p],    u ~ U[0, 1) from the generator with the seed 1000003 seed + step
+
+    Args:
+        count (`int`): how many.
+        probability (`float`): of `True`, in [0, 1]; the ends are exact.
+        seed (`int`): of the run.
+        step (`int`): optimizer steps made before.
+        turn (`int`, defaults to 0): 0 or 1, which of two independent draws of the same step.
+
+    Returns:
+        `list[bool]`
+    """
+    generator = torch.Generator().manual_seed((1000003 * seed + step) % 2**63)
+    numbers = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    return (numbers[turn] < probability).tolist()
+
+
+def draw(model, probability, seed, step, turn=0):
+    """Draw a branch for every layer of `model` that has two; arguments as for [`draws`].
+
+    In a training loop of your own, call it before each step. The same arguments give the same branches in every
+    process, whatever was drawn before.
+    """
+    layers = two_branch_layers(model).values()
+    for layer, drawn in zip(layers, draws(len(layers), probability, seed, step, turn), strict=True):
+        layer.drawn = drawn
+
+
+def refuse_sharded(parameters):
+    """Refuse parameters that DeepSpeed ZeRO-3 has split.
+
+    Args:
+        parameters (`dict[str, torch.Tensor]`): by name.
+
+    Raises:
+        TargetError: naming the first.
+    """
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "ds_id"):
+            raise TargetError(
+                f"DeepSpeed ZeRO-3 has split {name}, and mixed-rank layers need whole weights; use ZeRO stage 2 or "
+                "less, or DistributedDataParallel."
+            )

@@ -1,0 +1,212 @@
+"""Mixed-rank fine-tuning: draw a branch for every layer and step, and compare two draws of a step."""
+
+import math
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from ..draws import draw, refuse_sharded, two_branch_layers
+from ..errors import ConfigError, TargetError
+from ..refine.distillation import logit_loss
+
+
+class MixedRankCallback(TrainerCallback, ExportableState):
+    r"""Draws the full-rank weight or the factors for every mixed-rank layer and step, ever less often the weight.
+
+        p(t) = p_0 max(0, 1 - t / T),    z_i(t) ~ Bernoulli(p(t)) from seed and t alone
+
+    All micro-batches of a step, and all processes, have the same draws. As nothing else is remembered, a run that
+    goes on from a checkpoint makes the draws it would have made.
+
+    Args:
+        probability (`float`, defaults to 0.5): p_0, that of the full-rank weight in the first step, in [0, 1].
+        anneal_fraction (`float`, defaults to 0.5): T as a fraction of the run's optimizer steps, in (0, 1].
+        anneal_steps (`int`, *optional*): T itself instead, from 1 to the steps of the run.
+        seed (`int`, defaults to 0): of the draws, 0 or more.
+
+    Raises:
+        ConfigError: a value that is not allowed; when training begins, T beyond the end of the run, or fp16, whose
+            gradient scaler would skip steps.
+        TargetError: when training begins, a model without mixed-rank layers, or one that DeepSpeed ZeRO-3 has split.
+
+    Reference:
+        As for [`MixedRankConfig`]; reconstructed, with the defaults ours.
+    """
+
+    def __init__(self, probability=0.5, anneal_fraction=0.5, anneal_steps=None, seed=0):
+        if not _is_number(probability) or not 0 <= probability <= 1:
+            raise ConfigError(f"`probability`={probability!r} must be in [0, 1]: that of the full-rank weight.")
+        if not _is_number(anneal_fraction) or not 0 < anneal_fraction <= 1:
+            raise ConfigError(f"`anneal_fraction`={anneal_fraction!r} must be in (0, 1], a part of the run.")
+        for name, value, least in (("anneal_steps", anneal_steps, 1), ("seed", seed, 0)):
+            given = value is not None or name == "seed"
+            if given and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")
+        self.probability = probability
+        self.anneal_fraction = anneal_fraction
+        self.anneal_steps = anneal_steps
+        self.seed = seed
+
+    def state(self):
+        """What Trainer writes into a checkpoint: the arguments, and nothing else."""
+        names = ("probability", "anneal_fraction", "anneal_steps", "seed")
+        return {"args": {name: getattr(self, name) for name in names}, "attributes": {}}
+
+    def probability_at(self, step, max_steps):
+        """p of a step, counted from 0, in a run of `max_steps`."""
+        end = self.anneal_fraction * max_steps if self.anneal_steps is None else self.anneal_steps
+        return self.probability * max(0.0, 1 - step / end)
+
+    def draw(self, model, state, turn=0):
+        """Set the branches of the step that `state` stands before; `turn` 1 is a second, independent draw."""
+        draw(model, self.probability_at(state.global_step, state.max_steps), self.seed, state.global_step, turn)
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if not two_branch_layers(model):
+            raise TargetError(
+                f"MixedRankCallback finds no mixed-rank layer in this {type(model).__name__}; make some by "
+                "`peft.get_peft_model(model, MixedRankConfig(...))`, or leave the callback out."
+            )
+        refuse_sharded(dict(model.named_parameters()))
+        if args.fp16:
+            raise ConfigError(
+                "`fp16`=True of TrainingArguments scales gradients and skips the steps where they overflow, so that "
+                "draws would be lost; use `bf16`=True or float32."
+            )
+        if self.anneal_steps is not None and self.anneal_steps > state.max_steps:
+            raise ConfigError(
+                f"`anneal_steps`={self.anneal_steps} exceeds the {state.max_steps} steps of the run, which would end "
+                "with full-rank weights still drawn; train longer, or lower it."
+            )
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.draw(model, state)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        for layer in two_branch_layers(model).values():
+            layer.drawn = None
+
+
+class MixedRankTrainer(Trainer):
+    r"""A `Trainer` that makes two passes over each batch, with two draws, and wants the outputs to agree.
+
+        (L_1 + L_2) / 2 + (weight / 2) d(y_1, y_2),
+        d = KL(p_1 || p_2) + KL(p_2 || p_1), mean over tokens,   or   d = 2 mean (y_1 - y_2)^2
+
+    L_1 and L_2 are the losses that `Trainer` would have computed. A training step costs two ordinary ones.
+
+    Args:
+        consistency_weight (`float`, defaults to 1.0): of the comparison, 0 or more; at 0 there is one pass.
+        consistency (`str`, defaults to `"kl"`): `"kl"` of predicted distributions, or `"mse"` of outputs.
+        *args, **kwargs: of `transformers.Trainer`; a `MixedRankCallback()` is added if `callbacks` has none.
+
+    Raises:
+        ConfigError: a value that is not allowed, gradient checkpointing (a pass would be recomputed with the draw of
+            the other), several GPUs in one process, or `"kl"` of outputs with one number each.
+
+    Reference:
+        As for [`MixedRankConfig`]; reconstructed.
+    """
+
+    def __init__(self, *args, consistency_weight=1.0, consistency="kl", **kwargs):
+        if not _is_number(consistency_weight) or consistency_weight < 0:
+            raise ConfigError(f"`consistency_weight`={consistency_weight!r} must be a number of at least 0.")
+        if consistency not in ("kl", "mse"):
+            raise ConfigError(f"`consistency`={consistency!r} must be 'kl' or 'mse'.")
+        super().__init__(*args, **kwargs)
+        self.consistency_weight = consistency_weight
+        self.consistency = consistency
+        if self._mixed_rank_callback() is None:
+            self.add_callback(MixedRankCallback())
+        if consistency_weight:
+            # The comparison is a mean over a micro-batch, so that Trainer has to divide by the accumulation steps.
+            self.model_accepts_loss_kwargs = False
+            self.loss_is_scaled_for_ga = False
+
+    def train(self, *args, **kwargs):
+        inner = self.accelerator.unwrap_model(self.model)
+        checkpointing = self.args.activation_checkpointing or getattr(inner, "is_activation_checkpointing", False)
+        if self.consistency_weight and checkpointing:
+            raise ConfigError(
+                "Gradient checkpointing recomputes the first of two passes after the second has drawn other branches; "
+                "turn it off, or give MixedRankTrainer consistency_weight=0."
+            )
+        if self.consistency_weight and self.args.n_gpu > 1:
+            raise ConfigError(
+                f"One process drives {self.args.n_gpu} GPUs, whose copies of the model cannot make two passes each; "
+                "start one process a GPU with `torchrun` or `accelerate launch`."
+            )
+        return super().train(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inner = self.accelerator.unwrap_model(model)
+        if not self.consistency_weight or not inner.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = []
+
+        def both(forward, *args, **kwargs):
+            outputs.append(forward(*args, **kwargs))
+            self._mixed_rank_callback().draw(inner, self.state, turn=1)
+            outputs.append(forward(*args, **kwargs))
+            self._mixed_rank_callback().draw(inner, self.state)
+            return tuple(outputs)
+
+        # One call of what wraps the model for several processes: it looks for the parameters in use after each call.
+        with _replaced_forward(inner, both):
+            passes = [_Computed(inner, lambda **batch: model(**batch)[0]), _Computed(inner, lambda **_: outputs[1])]
+            losses = [super(MixedRankTrainer, self).compute_loss(p, dict(inputs), False, None) for p in passes]
+        distance = self._distance(*(output["logits"] for output in outputs), inputs.get("attention_mask"))
+        loss = sum(losses) / 2 + self.consistency_weight / 2 * distance
+        return (loss, outputs[0]) if return_outputs else loss
+
+    def _distance(self, one, other, mask):
+        tokens = mask.bool() if mask is not None and mask.shape == one.shape[:-1] else None
+        if self.consistency == "mse":
+            difference = (one.float() - other.float()).square()
+            return 2 * (difference if tokens is None else difference[tokens]).mean()
+        if one.shape[-1] == 1:
+            raise ConfigError(
+                "`consistency`='kl' compares distributions, and this model puts out one number; use 'mse'."
+            )
+        return logit_loss(one, other, tokens) + logit_loss(other, one, tokens)
+
+    def _mixed_rank_callback(self):
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, MixedRankCallback)), None)
+
+
+class _Computed(nn.Module):
+    """Stands in for a model where `Trainer` computes a loss from outputs that another call has made."""
+
+    def __init__(self, model, outputs):
+        super().__init__()
+        # Not registered: `Trainer` asks for the names of its class.
+        self.__dict__.update(outputs=outputs, _get_name=lambda: _architecture(model)._get_name())
+
+    def forward(self, **inputs):
+        return self.outputs(**inputs)
+
+
+def _architecture(model):
+    """The transformers model inside an adapted one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _replaced_forward(module, replacement):
+    """Inside, calling `module` calls `replacement(its forward, ...)`."""
+    own = module.__dict__.get("forward")
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: replacement(forward, *args, **kwargs)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,134 @@
+import copy
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError
+from ...factorize import site_factors
+from ...integrations.config import LowRankConfig
+from ...integrations.planning import gather, informed_plan
+from ...integrations.verbs import describe, refuse_offloaded, refuse_quantized
+from ...linalg import require_finite
+from ...methods import Factors
+from ...plan import make_plan
+from .._lora import PREFIX
+from .._model import FactorTuner, naming
+from .layer import MixedRankLinear, only_one
+
+
+class MixedRankModel(FactorTuner):
+    """A model with mixed-rank layers; made by `peft.get_peft_model(model, MixedRankConfig(...))`.
+
+    Args:
+        model (`torch.nn.Module`): the dense model; its targeted weights are factorized here.
+        config ([`MixedRankConfig`]): how.
+        adapter_name (`str`): the name of the first.
+    """
+
+    prefix = "mixed_rank_"
+    tuner_layer_cls = MixedRankLinear
+    identity_at_start = False
+    additive = False
+    takes_factorized = False
+    branches = (True, False)
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        # The ranks found here belong to this model; the user's configuration stays as it was.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        # PEFT asks for empty parameters by argument, or by a context in which every new one is.
+        empty = kwargs.get("low_cpu_mem_usage") or nn.ParameterList([torch.empty(1)])[0].is_meta
+        if empty and config.ranks is None:
+            raise ConfigError(
+                "`low_cpu_mem_usage`=True leaves new parameters empty until a file is loaded; factors of a new "
+                "adapter are made from the weights, so leave it out."
+            )
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_model(self, peft_config, model):
+        targets = {}
+        for name, module, base in self._targets(peft_config, model):
+            own = name.removeprefix(PREFIX)
+            with naming(own):
+                self.tuner_layer_cls.check(own, base, peft_config)
+            targets[own] = own if base is module else f"{own}.base_layer"
+        self._factors = {}
+        if peft_config.ranks is None and targets:
+            made = _make_factors(self.model, targets, peft_config)
+            peft_config.ranks = {name: factors.left.shape[1] for name, factors in made.items()}
+            self._factors = made
+
+    @staticmethod
+    def _check_target_module_exists(config, key):
+        # Of an adapter that is there, the layers whose factors would not have been smaller are no targets.
+        found = FactorTuner._check_target_module_exists(config, key)
+        return found and (config.ranks is None or key.removeprefix(PREFIX) in config.ranks)
+
+    def _update_layer(self, layer, adapter_name, module_name, config):
+        name = module_name.removeprefix(PREFIX)
+        layer.update_layer(adapter_name, config, config.ranks[name], self._factors.pop(name, None))
+
+    def set_adapter(self, adapter_name, inference_mode=False):
+        # Before any layer is touched.
+        only_one([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def merge_and_unload(self, progressbar=False, safe_merge=False, adapter_names=None):
+        """The model with the factors in place of the dense weights: saved and loaded as any factorized one.
+
+        Args:
+            progressbar (`bool`, defaults to `False`): whether to show one.
+            safe_merge (`bool`, defaults to `False`): PEFT's argument; factors that are not finite are always refused.
+            adapter_names (`list[str]`, *optional*): one name; the active adapter by default.
+
+        Returns:
+            The model that was adapted, changed in place.
+        """
+        name = only_one(list(adapter_names or self.active_adapters))
+        config = self.peft_config[name] if name else None
+        model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        if config is not None and getattr(model, "hf_quantizer", None) is None:
+            recipe = config.recipe()
+            given = {"rank_pattern": recipe.rank_pattern, "rank_multiple": recipe.rank_multiple}
+            budget = {"rank": recipe.rank, "param_ratio": recipe.param_ratio}
+            targets = {"target_modules": sorted(config.ranks), "allocation": recipe.allocation}
+            described = LowRankConfig(method=recipe.method, format=recipe.format, **given, **budget, **targets)
+            describe(model, described, None)
+        return model
+
+
+@torch.no_grad()
+def _make_factors(model, targets, config):
+    """`{name: Factors}` of the targets that become smaller.
+
+    Args:
+        model (`torch.nn.Module`): dense at the targets.
+        targets (`dict[str, str]`): `{name: name of the dense layer}`; they differ where an adapter is there already.
+        config ([`MixedRankConfig`]): how.
+
+    Raises:
+        LowRankError: of the kind that fits; also if no target becomes smaller.
+    """
+    refuse_quantized(model)
+    refuse_offloaded(model)
+    names = {dense: name for name, dense in targets.items()}
+    # The dense layer inside an adapter has the rank that is given for the layer.
+    pattern = {rf"({key})(\.base_layer)?": rank for key, rank in config.rank_pattern.items()}
+    recipe = config.recipe(target_modules=sorted(names), rank_pattern=pattern)
+    plan = make_plan(model, recipe)
+    if not plan.sites:
+        raise ConfigError(
+            f"At this budget (`r`={config.r}, `param_ratio`={config.param_ratio}) the factors of none of the "
+            f"{len(targets)} targeted layers are smaller than their weights; lower it, or `rank_multiple`."
+        )
+    gathered = gather(model, list(plan.sites.values()), recipe, config.statistics, None)
+    if gathered.statistics is not None:
+        gathered.statistics.check(plan.statistics_shapes(recipe.method.statistics))
+    plan, made = informed_plan(model, recipe, gathered), {}
+    for site in plan.sites.values():
+        weight = site.kind.weight(model, site)
+        (factors,) = site_factors(site, weight, plan.ranks[site.name], recipe, gathered.statistics)
+        left, right = (factor.to(weight) for factor in (factors.left, factors.right))
+        for factor in (left, right):
+            require_finite(factor, f"A factor of {site.name} in {weight.dtype}")
+        made[names[site.name]] = Factors(left, right, factors.relative_error)
+    return made
