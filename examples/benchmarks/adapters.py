@@ -5,7 +5,8 @@
 
 MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is factorized and trained on Wikipedia.
 Every adapter gets the data in the same order and has as many trainable parameters as LoRA of rank 8, the new
-classifier excepted, which all train. The training sets are subsampled: a run sees `steps` batches of 32 sentences, or
+classifier excepted, which all train. `mixed rank` is no adapter of that size: it starts from the dense model, trains
+full weights and factors, and ends with factors of the same size as the others adapt. The training sets are subsampled: a run sees `steps` batches of 32 sentences, or
 of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped;
 `--readme` runs nothing and writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of README.md.
 """
@@ -41,7 +42,8 @@ from transformers import (
 
 from benchmarks import setups
 from benchmarks.table import ROOT, into_readme
-from hf_lowrank import LowRankConfig, WaraConfig, evaluation, factorize
+from hf_lowrank import LowRankConfig, MixedRankConfig, WaraConfig, evaluation, factorize
+from hf_lowrank.training import MixedRankCallback, MixedRankTrainer
 
 
 RESULTS = Path(__file__).parent / "results" / "adapters"
@@ -74,6 +76,7 @@ ADAPTERS = {
     "lora": (lambda model, common: peft.LoraConfig(r=RANK, lora_alpha=RANK, **common), 1e-3),
     "waveft": (waveft, 1e-3),
     "wara": (lambda model, common: WaraConfig(r=RANK // 2, lora_alpha=RANK // 2, wavelet="db4", **common), 1e-3),
+    "mixed rank": (None, 1e-4),
     "wara, shared": (
         lambda model, common: WaraConfig(
             r=2 * RANK, lora_alpha=2 * RANK, wavelet="db4", share_subbands=True, **common
@@ -117,6 +120,10 @@ class Classification:
     def load(self, folder):
         """The model that is trained; its classifier is new."""
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
+
+    def dense(self):
+        """The model that mixed rank starts from."""
+        return AutoModelForSequenceClassification.from_pretrained(self.where, num_labels=2)
 
     common = {"target_modules": INSIDE, "modules_to_save": ["classifier"]}
 
@@ -162,12 +169,16 @@ class Language:
         """The model that is trained."""
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
+    def dense(self):
+        """The model that mixed rank starts from."""
+        return self.load(self.where)
+
     def score(self, model):
         """Perplexity of 8 windows of held-out paragraphs."""
         return evaluation.perplexity(model.eval(), self.validation, window=512, windows=8).perplexity
 
 
-def train(task, model, rate, seed, steps, folder):
+def train(task, model, rate, seed, steps, folder, mixed):
     """Run `steps` batches in the order that `seed` gives."""
     arguments = TrainingArguments(
         output_dir=folder,
@@ -185,19 +196,21 @@ def train(task, model, rate, seed, steps, folder):
         disable_tqdm=True,
         use_cpu=True,
     )
-    Trainer(model, arguments, train_dataset=task.train, data_collator=task.collator).train()
+    kind, callbacks = (MixedRankTrainer, [MixedRankCallback()]) if mixed else (Trainer, [])
+    kind(model, arguments, train_dataset=task.train, data_collator=task.collator, callbacks=callbacks).train()
 
 
-def one_run(task, folder, name, seed, steps, scratch):
+def one_run(task, folder, ratio, name, seed, steps, scratch):
     """`{"score", "parameters"}` of one adapter under one seed."""
     make, rate = ADAPTERS[name]
     set_seed(seed)
-    model = task.load(folder)
     # The classifier is drawn before the adapter, so that all adapters of a seed start from the same one.
-    model = peft.get_peft_model(model, make(model, task.common))
+    model = task.dense() if make is None else task.load(folder)
+    config = MixedRankConfig(param_ratio=ratio, **task.common) if make is None else make(model, task.common)
+    model = peft.get_peft_model(model, config)
     trainable = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     set_seed(seed)
-    train(task, model, rate, seed, steps, scratch)
+    train(task, model, rate, seed, steps, scratch, mixed=make is None)
     return {"score": task.score(model), "parameters": trainable}
 
 
@@ -217,7 +230,7 @@ def measure(name, ratio, adapters, seeds, steps, data):
         set_seed(0)
         task.factorized(ratio, folder)
         for seed, adapter in wanted:
-            run = one_run(task, folder, adapter, seed, steps, scratch)
+            run = one_run(task, folder, ratio, adapter, seed, steps, scratch)
             found["runs"].setdefault(adapter, {})[str(seed)] = run
             found["environment"] = evaluation.environment()
             write(path, found)
