@@ -6,9 +6,10 @@
 MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is factorized and trained on Wikipedia.
 Every adapter gets the data in the same order and has as many trainable parameters as LoRA of rank 8, the new
 classifier excepted, which all train. `mixed rank` is no adapter of that size: it starts from the dense model, trains
-full weights and factors, and ends with factors of the same size as the others adapt. The training sets are subsampled: a run sees `steps` batches of 32 sentences, or
-of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped;
-`--readme` runs nothing and writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of README.md.
+full weights and factors, and ends with factors of the size that the others adapt. The training sets are subsampled: a
+run sees `steps` batches of 32 sentences, or of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every
+run and goes on where it was stopped; `--readme` runs nothing and writes what is there between `<!-- adapters -->` and
+`<!-- /adapters -->` of README.md.
 """
 
 import argparse

@@ -68,8 +68,12 @@ class FactorTuner(BaseTuner):
                     check_mergeable(module.get_base_layer())
 
     def _replace_module(self, parent, child_name, new_module, child):
-        super()._replace_module(parent, child_name, new_module, child)
-        settle(new_module)
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # Unloading: PEFT would write the weight back, which a factorized layer computes.
+            setattr(parent, child_name, new_module)
+            settle(new_module)
 
     def _mark_only_adapters_as_trainable(self, model):
         super()._mark_only_adapters_as_trainable(model)
