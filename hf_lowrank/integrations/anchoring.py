@@ -40,8 +40,8 @@ def anchored(model, plan, make, batches):
     """
     if getattr(model, "_device_mesh", None) is not None:
         raise ResourceError(
-            "An anchored method compares whole blocks, and this model is split over processes; factorize on one device, "
-            "save, and load the result in parallel."
+            "An anchored method compares whole blocks, and this model is split over processes; factorize on one "
+            "device, save, and load the result in parallel."
         )
     members = list(plan.members.values())
     names = block_names(model, [site.name for site in members])
