@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import metrics, setups
-from hf_lowrank import LowRankConfig, collect_statistics, factorize
+from hf_lowrank import Calibration, LowRankConfig, collect_statistics, factorize
 
 
-SAMPLES, LENGTH, BATCH, REPEATS = 48, 256, 4, 1
+SAMPLES, LENGTH, BATCH, REPEATS = 48, 256, Calibration().batch_size, 1
 METHODS = ("whitened_svd", "kfac_svd")
 
 
