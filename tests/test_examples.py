@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import quality, setups, table  # noqa: E402
+from benchmarks import adapters, quality, setups, table  # noqa: E402
 
 
 def run(*command):
@@ -79,6 +79,26 @@ def test_the_table_of_results(tmp_path):
 def test_the_table_in_the_readme_is_that_of_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table.into_readme(readme, table.render(table.read())) == readme, "run examples/benchmarks/table.py --readme"
+
+
+def test_the_table_of_adapters_in_the_readme_is_that_of_the_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    again = table.into_readme(readme, adapters.table(), "adapters")
+    assert again == readme, "run examples/benchmarks/adapters.py --readme"
+
+
+def test_a_difference_that_the_seeds_do_not_show_is_called_that(tmp_path):
+    def runs(*scores):
+        return {str(seed): {"score": score, "parameters": 7} for seed, score in enumerate(scores)}
+
+    found = {"task": "sst2", "ratio": 0.6, "metric": "accuracy"}
+    found["runs"] = {"lora": runs(0.80, 0.82, 0.81), "better": runs(0.90, 0.92, 0.912), "same": runs(0.81, 0.82, 0.80)}
+    (tmp_path / "sst2-0.6.json").write_text(json.dumps(found))
+    lines = {line.split(" | ")[2]: line for line in adapters.table(tmp_path).splitlines()[2:]}
+    assert "no difference shown" in lines["same"]
+    assert "no difference" not in lines["better"]
+    assert "+0.101 ± 0.0029" in lines["better"]
+    assert lines["lora"].endswith("| 3 | 7 | 0.81 | 0.01 |  |")
 
 
 def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
