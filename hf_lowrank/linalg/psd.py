@@ -45,8 +45,10 @@ def psd_safe_cholesky(gram):
         raise NonFiniteError(f"A Gram matrix of shape {tuple(gram.shape)} holds NaN or infinite values.")
     scale = gram.diagonal().mean()
     for jitter in JITTERS:
-        shifted = gram.clone()
-        shifted.diagonal().add_(jitter * scale)
+        shifted = gram
+        if jitter:
+            shifted = gram.clone()
+            shifted.diagonal().add_(jitter * scale)
         factor, info = torch.linalg.cholesky_ex(shifted)
         if info == 0:
             if jitter:
