@@ -4,7 +4,7 @@ import logging
 from contextlib import ExitStack
 
 from ..blocks import Chain, block_names, find_chains, record
-from ..errors import CalibrationError, ResourceError
+from ..errors import CalibrationError
 from ..replace import put
 from ..statistics.collect import call_arguments, prepared
 from ..statistics.cross_gram import CrossGram
@@ -38,11 +38,6 @@ def anchored(model, plan, make, batches):
         ResourceError: the model is split over processes.
         CalibrationError: padding cannot be told from tokens.
     """
-    if getattr(model, "_device_mesh", None) is not None:
-        raise ResourceError(
-            "An anchored method compares whole blocks, and this model is split over processes; factorize on one "
-            "device, save, and load the result in parallel."
-        )
     members = list(plan.members.values())
     names = block_names(model, [site.name for site in members])
     twin = twin_of(model, members, names)
@@ -62,7 +57,12 @@ def anchored(model, plan, make, batches):
             walk.advance(name)
     plain = [unit for unit in plan.sites.values() if unit.name not in made]
     if plain:
-        logger.info("%d weights, such as %s, are not anchored.", len(plain), plain[0].name)
+        logger.warning(
+            "%d weights, such as %s, are factorized without an anchor: they are in no repeated block, run more than "
+            "once in it, or are experts.",
+            len(plain),
+            plain[0].name,
+        )
     for unit in plain:
         made.update(make(unit, None))
     return made

@@ -3,7 +3,6 @@
 import torch
 
 from ..blocks import block_names
-from ..errors import ResourceError
 from ..formats import FORMATS
 from ..replace import Made, put
 from ..statistics.collect import call_arguments
@@ -28,11 +27,6 @@ def refined(model, plan, made, config, batches, folder=None):
     Raises:
         ResourceError: the model is split over processes.
     """
-    if getattr(model, "_device_mesh", None) is not None:
-        raise ResourceError(
-            "`refine` trains whole blocks, and this model is split over processes; refine on one device, save, and "
-            "load the result in parallel."
-        )
     sites = list(plan.members.values())
     names = block_names(model, [site.name for site in sites])
     twin = twin_of(model, sites, names)

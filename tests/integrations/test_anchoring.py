@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from walks import batches_of, last_hidden
 
-from hf_lowrank import CalibrationError, LowRankConfig, NonFiniteError, collect_statistics, factorize
-from hf_lowrank.blocks import Chain, block_names, find_chains, record
+from hf_lowrank import CalibrationError, LowRankConfig, NonFiniteError, ResourceError, collect_statistics, factorize
 from hf_lowrank.methods.anchored_svd import AnchoredSVD
 from hf_lowrank.methods.whitened_svd import WhitenedSVD
-from hf_lowrank.statistics.collect import call_arguments
-from hf_lowrank.surgery import factorized, match_sites
+from hf_lowrank.surgery import factorized
 from hf_lowrank.testing import ARCHITECTURES, tiny_model
 
 
@@ -21,33 +20,9 @@ WHITENED = WhitenedSVD(shrinkage=RIDGE / (1 + RIDGE))
 OPTIONS = {"param_ratio": 0.5, "rank_multiple": 1, "format": "low_rank"}
 
 
-def batches_of(inputs, count=4):
-    found = []
-    for shift in range(count):
-        batch = inputs()
-        if "input_ids" in batch and "pixel_values" not in batch:
-            batch["input_ids"] = (batch["input_ids"] + 5 * shift) % 80 + 3
-        found.append(batch)
-    return found
-
-
-def last_hidden(model, dense, batches):
-    """The hidden states after the last block of every chain."""
-    names = block_names(dense, [site.name for site in match_sites(dense)])
-    ends = []
-    with torch.no_grad():
-        for chain in find_chains(dense, names, lambda: dense(**call_arguments(dense, batches[0]))):
-            calls = [call_arguments(model, batch) for batch in batches]
-            walk = record(model, Chain(chain.names), [lambda c=c: model(**c) for c in calls])
-            for name in chain.names:
-                walk.advance(model.get_submodule(name), name)
-            ends.append(torch.cat([x.flatten() for x in walk.inputs]))
-    return torch.cat(ends)
-
-
 def made(name, method, **options):
     model, inputs = tiny_model(name)
-    batches = batches_of(inputs)
+    batches = batches_of(inputs, count=4)
     return factorize(model.eval(), LowRankConfig(method=method, **OPTIONS, **options), calibration=batches), batches
 
 
@@ -57,8 +32,8 @@ def test_errors_in_front_are_made_up_for(name):
     dense.eval()
     anchored, batches = made(name, ANCHORED)
     plain, _ = made(name, WHITENED)
-    target = last_hidden(dense, dense, batches)
-    errors = [float((last_hidden(m, dense, batches) - target).square().sum()) for m in (anchored, plain)]
+    target, *others = (torch.cat(last_hidden(model, dense, batches)) for model in (dense, anchored, plain))
+    errors = [float((other - target).square().sum()) for other in others]
     assert errors[0] < errors[1]
 
 
@@ -136,6 +111,23 @@ def test_saved_statistics_do_not_do(tmp_path):
     with pytest.raises(CalibrationError, match="'anchored_svd' compares .* saved statistics; give the data"):
         factorize(model, LowRankConfig(method="anchored_svd", calibration=str(path)))
     assert not factorized(model)
+
+
+def test_a_model_that_is_split_over_processes_is_refused():
+    model, inputs = tiny_model("llama")
+    model._device_mesh = object()
+    config = LowRankConfig(method=ANCHORED, **OPTIONS)
+    with pytest.raises(ResourceError, match="anchored methods .* split over processes; factorize on one device"):
+        factorize(model, config, calibration=batches_of(inputs))
+    assert not factorized(model)
+
+
+def test_weights_without_an_anchor_are_told(caplog):
+    made("mixtral", ANCHORED)
+    assert "factorized without an anchor" in caplog.text
+    caplog.clear()
+    made("llama", ANCHORED)
+    assert "without an anchor" not in caplog.text
 
 
 def test_a_failure_on_the_way_leaves_the_model_as_it_was(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from walks import batches_of, last_hidden
 
 from hf_lowrank import CheckpointError, ConfigError, LowRankConfig, NonFiniteError, factorize, summary
 from hf_lowrank.blocks import Chain, block_names, find_chains, hidden_of, record
@@ -24,31 +25,10 @@ OPTIONS = {"method": "svd", "param_ratio": 0.4, "rank_multiple": 1}
 CHAINS = {"t5": 2, "whisper": 2, "llava": 2}
 
 
-def batches_of(inputs, count=3):
-    found = []
-    for shift in range(count):
-        batch = inputs()
-        if "input_ids" in batch and "pixel_values" not in batch:
-            batch["input_ids"] = (batch["input_ids"] + 5 * shift) % 80 + 3
-        found.append(batch)
-    return found
-
-
 def block_errors(dense, model, batches):
     """Relative squared error of the hidden states after the last block of each chain."""
-    names = block_names(dense, [site.name for site in match_sites(dense)])
-    errors = []
-    with torch.no_grad():
-        for chain in find_chains(dense, names, lambda: dense(**call_arguments(dense, batches[0]))):
-            ends = []
-            for which in (dense, model):
-                calls = [call_arguments(which, batch) for batch in batches]
-                walk = record(which, Chain(chain.names), [lambda c=c, w=which: w(**c) for c in calls])
-                for name in chain.names:
-                    walk.advance(which.get_submodule(name), name)
-                ends.append(torch.cat([x.flatten() for x in walk.inputs]))
-            errors.append(float((ends[0] - ends[1]).square().sum() / ends[0].square().sum()))
-    return errors
+    ends = zip(*(last_hidden(which, dense, batches) for which in (dense, model)), strict=True)
+    return [float((a - b).square().sum() / a.square().sum()) for a, b in ends]
 
 
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - {"deepseek_v3"}))
@@ -203,8 +183,9 @@ def test_the_folder_of_another_run_is_refused(tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {tests!r})
-from test_blocks import BlockRefinement, match_sites, batches_of, run, tiny_model
+sys.path[:0] = {tests!r}
+from test_blocks import BlockRefinement, match_sites, run, tiny_model
+from walks import batches_of
 model, inputs = tiny_model("llama")
 train = BlockRefinement._train
 
@@ -222,7 +203,8 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     model, inputs = tiny_model("llama")
     sites, batches = match_sites(model), batches_of(inputs)
     expected = run(model, sites, None, batches)
-    code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    here = Path(__file__).parent
+    code = KILLED.format(tests=[str(here), str(here.parent)], folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["model.layers.0.safetensors"]
