@@ -7,9 +7,9 @@ MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is
 Every adapter gets the data in the same order and has as many trainable parameters as LoRA of rank 8, the new
 classifier excepted, which all train. `mixed rank` is no adapter of that size: it starts from the dense model, trains
 full weights and factors, and ends with factors of the size that the others adapt. The training sets are subsampled: a
-run sees `steps` batches of 32 sentences, or of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every
-run and goes on where it was stopped; `--readme` runs nothing and writes what is there between `<!-- adapters -->` and
-`<!-- /adapters -->` of README.md.
+run sees `steps` batches of 32 sentences, of 16 pairs of sentences, or of 2 x 256 tokens. Writes
+results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped; `--readme` runs nothing and
+writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of README.md.
 """
 
 import argparse
@@ -106,7 +106,7 @@ class Classification:
             for part in ("train", "validation")
         )
         self.collator = DataCollatorWithPadding(self.tokenizer)
-        self.batch = BATCH
+        self.batch = BATCH if GLUE[name][1] is None else BATCH // 2
 
     def _encoded(self, row, keys):
         sentences = [row[key] for key in keys if key is not None]
