@@ -1,0 +1,64 @@
+"""What vLLM makes of `quantization_config`, and asks for every layer."""
+
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+from .checkpoint import QUANT_METHOD, members, read_modules
+from .errors import ServingError
+from .method import LowRankLinearMethod
+
+
+class LowRankConfig(QuantizationConfig):
+    """The factorized modules of one model.
+
+    Args:
+        modules (`dict[str, dict]`): `{name: {"format", "rank", ...}}`, checked.
+    """
+
+    def __init__(self, modules):
+        super().__init__()
+        self.modules = modules
+        self.holders = {}
+
+    def get_name(self):
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self):
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls):
+        # Ordinary products, on whatever device.
+        return -1
+
+    @staticmethod
+    def get_config_filenames():
+        return []
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(read_modules(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper):
+        names = {name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in self.modules}
+        for spec in self.modules.values():
+            if "basis" in spec:
+                spec["basis"] = names[spec["basis"]]
+        self.modules = {names[name]: spec for name, spec in self.modules.items()}
+
+    def get_quant_method(self, layer, prefix):
+        if isinstance(layer, LinearBase):
+            specs = members(prefix, self.packed_modules_mapping, self.modules)
+            factorized = any(spec is not None for spec in specs.values())
+            return LowRankLinearMethod(specs, self.holders) if factorized else UnquantizedLinearMethod()
+        # vLLM's own name for the weights in a layer of experts, which the checkpoint does not have.
+        inside = prefix.removesuffix(".routed_experts") if isinstance(layer, RoutedExperts) else prefix
+        name = next((n for n in self.modules if n == inside or n.startswith(f"{inside}.")), None)
+        if name is not None:
+            raise ServingError(
+                f"{name} is factorized, and vLLM applies it with its own kernels ({type(layer).__name__}); factorize "
+                "the model without it (`exclude_modules`), or serve it dense (`hf_lowrank.to_dense(model)`)."
+            )
+        return None
