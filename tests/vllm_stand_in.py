@@ -67,7 +67,7 @@ class QuantizationConfig(ABC):
     @abstractmethod
     def get_quant_method(self, layer, prefix): ...
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper):
+    def apply_vllm_mapper(self, hf_to_vllm_mapper):  # noqa: B027 (as in vLLM)
         pass
 
 

@@ -24,14 +24,14 @@ def read_modules(config):
     version = config.get("version")
     if version != VERSION:
         raise ServingError(
-            f"This checkpoint has lowrank config version {version!r}, this plugin reads version {VERSION}; install the "
-            "hf-lowrank that wrote it beside vLLM."
+            f"This checkpoint has lowrank config version {version!r}, this plugin reads version {VERSION}; install "
+            "the hf-lowrank that wrote it beside vLLM."
         )
     modules = config.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise ServingError(
-            "`quantization_config` names no factorized module: it is a recipe that was not carried out. Load the model "
-            "with transformers, save it, and serve what was saved."
+            "`quantization_config` names no factorized module: it is a recipe that was not carried out; load the "
+            "model with transformers, save it, and serve what was saved."
         )
     for name, spec in modules.items():
         _check(name, spec, modules)

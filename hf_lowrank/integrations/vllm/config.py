@@ -1,13 +1,10 @@
 """What vLLM makes of `quantization_config`, and asks for every layer."""
 
 import torch
-from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from .checkpoint import QUANT_METHOD, members, read_modules
 from .errors import ServingError
-from .method import LowRankLinearMethod
 
 
 class LowRankConfig(QuantizationConfig):
@@ -49,6 +46,12 @@ class LowRankConfig(QuantizationConfig):
         self.modules = {names[name]: spec for name, spec in self.modules.items()}
 
     def get_quant_method(self, layer, prefix):
+        # vLLM loads plugins before its layers, which import half of it; whoever asks here has them.
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from .method import LowRankLinearMethod
+
         if isinstance(layer, LinearBase):
             specs = members(prefix, self.packed_modules_mapping, self.modules)
             factorized = any(spec is not None for spec in specs.values())

@@ -20,6 +20,7 @@ class Arrivals:
         name (`str`): in the checkpoint.
         spec (`dict`, *optional*): what the checkpoint says of it; `None` if it is dense.
         shard (`str` or `int`, *optional*): what vLLM calls it; known from its first tensor on.
+        outputs (`int`, *optional*): of the whole module; known from the first tensor on that tells.
         rows (`torch.Tensor`, *optional*): which of the module's outputs this process has.
         places (`torch.Tensor`, *optional*): where they stand in the output of the layer, consecutive.
         tensors (`dict[str, torch.Tensor]`): cut.
@@ -28,6 +29,7 @@ class Arrivals:
     name: str
     spec: dict | None
     shard: object = None
+    outputs: int | None = None
     rows: torch.Tensor | None = None
     places: torch.Tensor | None = None
     tensors: dict = field(default_factory=dict)
@@ -60,14 +62,14 @@ class Intake:
         found = [leaf for arrivals in self.arrivals for leaf in possible(arrivals.spec)]
         return list(dict.fromkeys(found))
 
-    def take(self, leaf, tensor, shard, device):
-        """Keep this process's part of a tensor of the checkpoint.
+    def take(self, leaf, tensor, shard, like):
+        """Keep a copy of this process's part of a tensor of the checkpoint.
 
         Args:
             leaf (`str`): its name in the module.
             tensor (`torch.Tensor`): all of it.
             shard (`str` or `int`, *optional*): vLLM's name of the module among those of the layer.
-            device (`torch.device`): where the part is kept.
+            like (`torch.Tensor`): has the device and the dtype to keep it in.
 
         Raises:
             ServingError: a tensor of no module here, or of a shape that the module cannot have.
@@ -76,12 +78,18 @@ class Intake:
         self._check(arrivals, leaf, tensor)
         arrivals.shard = shard
         outputs = outputs_of(leaf, tensor, arrivals.spec and arrivals.spec["rank"])
-        if arrivals.rows is None and outputs is not None:
+        if outputs is not None and arrivals.outputs is None:
+            arrivals.outputs = outputs
             arrivals.rows, arrivals.places = self.locate(outputs, shard)
+        if outputs not in (None, arrivals.outputs):
+            raise ServingError(
+                f"{arrivals.name}.{leaf} is of a module with {outputs} outputs, what came before it of one with "
+                f"{arrivals.outputs}; download or save the checkpoint again."
+            )
         part = cut(leaf, tensor, arrivals.rows, self.columns)
-        # Coefficients are cut once the order is known, and wait where there is room.
+        # Coefficients are cut once the order is known, and wait where they are: there is room for the whole model.
         waits = leaf == "coefficients.weight"
-        arrivals.tensors[leaf] = part.clone() if waits else part.to(device, copy=True)
+        arrivals.tensors[leaf] = part.clone() if waits else part.to(like.device, like.dtype, copy=True)
 
     def pieces(self, basis_of):
         """One [`Piece`] for each module, and its [`Arrivals`], in the order of their outputs.
@@ -101,7 +109,7 @@ class Intake:
                 arrivals.tensors["right.weight"] = basis_of(arrivals.spec["basis"])
         self.arrivals.sort(key=lambda arrivals: int(arrivals.places[0]))
         places = torch.cat([arrivals.places for arrivals in self.arrivals])
-        if not torch.equal(places, torch.arange(len(places))):
+        if not torch.equal(places, torch.arange(len(places), device="cpu")):
             raise ServingError(
                 f"vLLM interleaves the outputs of {' and '.join(self.names())}, which this plugin cannot; factorize "
                 "the model without them (`exclude_modules`)."

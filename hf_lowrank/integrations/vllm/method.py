@@ -50,7 +50,6 @@ class LowRankLinearMethod(LinearMethodBase):
             columns = _columns(loader, input_size, input_size_per_partition)
         locate = functools.partial(_locate, loader, sum(output_partition_sizes))
         self.intake = Intake(self.specs, locate, input_size, columns)
-        self.dtype = params_dtype
         for leaf in self.intake.leaves():
             dtype = torch.int32 if leaf == "order" else params_dtype
             door = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
@@ -66,7 +65,7 @@ class LowRankLinearMethod(LinearMethodBase):
 
     def _loader(self, leaf):
         def weight_loader(param, loaded_weight, loaded_shard_id=None):
-            self.intake.take(leaf, loaded_weight, loaded_shard_id, param.device)
+            self.intake.take(leaf, loaded_weight, loaded_shard_id, param)
 
         return weight_loader
 
@@ -74,10 +73,9 @@ class LowRankLinearMethod(LinearMethodBase):
         if self.factors is not None:
             return
         found = self.intake.pieces(self._basis_of)
-        device = found[0][0].first.device
         self.positions = {arrivals.name: position for position, (_, arrivals) in enumerate(found)}
-        self.factors = StackedLinear([piece for piece, _ in found], self.dtype, device)
-        self._set_bias(layer, [arrivals for _, arrivals in found], device)
+        self.factors = StackedLinear([piece for piece, _ in found])
+        self._set_bias(layer, [arrivals for _, arrivals in found])
         for leaf in self.intake.leaves():
             name = leaf.partition(".")[0]
             if hasattr(layer, name):
@@ -99,16 +97,18 @@ class LowRankLinearMethod(LinearMethodBase):
         basis = self.holders[lender].basis(lender) if lender in self.holders else None
         if basis is None:
             raise ServingError(
-                f"{next(iter(self.specs))} borrows the basis of {lender}, which this process has not loaded. Serve the "
-                "model without pipeline parallelism, or dense (`hf_lowrank.to_dense(model)`)."
+                f"{next(iter(self.specs))} borrows the basis of {lender}, which this process has not loaded; serve "
+                "the model without pipeline parallelism, or dense (`hf_lowrank.to_dense(model)`)."
             )
         return basis
 
-    def _set_bias(self, layer, arrivals, device):
+    def _set_bias(self, layer, arrivals):
         given = [one for one in arrivals if one.bias is not None]
-        without = [one.name for one in arrivals if one.spec is not None and one.bias is None]
+        without = [one for one in arrivals if one.spec is not None and one.bias is None]
         if layer.bias is not None and without:
-            raise ServingError(f"{without[0]} has a bias in vLLM and none in the checkpoint; download or save it again.")
+            raise ServingError(
+                f"{without[0].name} has a bias in vLLM and none in the checkpoint; download or save it again."
+            )
         if layer.bias is None and given:
             if layer.skip_bias_add:
                 raise ServingError(
@@ -116,13 +116,16 @@ class LowRankLinearMethod(LinearMethodBase):
                     "adds none (`bias_correction=False`)."
                 )
             outputs = sum(len(one.places) for one in arrivals)
-            layer.bias = nn.Parameter(torch.zeros(outputs, dtype=self.dtype, device=device), requires_grad=False)
+            layer.bias = nn.Parameter(given[0].bias.new_zeros(outputs), requires_grad=False)
         for one in given:
-            layer.bias.data[one.places.to(layer.bias.device)] = one.bias.to(layer.bias.device, self.dtype)
+            layer.bias.data[one.places.to(layer.bias.device)] = one.bias
 
 
 def _locate(loader, local_outputs, outputs, shard):
-    """Which of a module's `outputs` this process has, and where: what `loader` writes where, if given their numbers."""
+    """Which of a module's `outputs` this process has, and where they stand in the layer.
+
+    What `loader` puts where, if it is given the numbers of the outputs to load.
+    """
     numbers = nn.Parameter(torch.full((local_outputs,), -1, device="cpu"), requires_grad=False)
     numbers.output_dim = 0
     _load(loader, numbers, torch.arange(outputs, device="cpu"), *([] if shard is None else [shard]))

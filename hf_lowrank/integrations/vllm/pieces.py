@@ -32,7 +32,7 @@ class Piece:
     Args:
         first (`torch.Tensor`): `(r, in)`, or `(out, in)` of a dense module.
         second (`torch.Tensor`, *optional*): `(rows, r)`.
-        order (`torch.Tensor`, *optional*): `(out,)`, int64, where each output stands in `cat(t, u)`.
+        order (`torch.Tensor`, *optional*): `(out,)`, int64 on the CPU, where each output stands in `cat(t, u)`.
     """
 
     first: torch.Tensor
@@ -94,13 +94,13 @@ def low_rank_piece(tensors, rows):
 
 
 def pivoted_piece(tensors, rows):
-    """Pivot rows are those of the basis that the others need in any case; coefficients of other processes go."""
+    """Every process needs the whole basis, and the coefficients of those of its outputs that are no pivots."""
     basis = tensors["basis.weight"]
     rank = len(basis)
     # Without an order outputs are pivots first, so that the k-th output of the module stands at k.
-    place = tensors.get("order", rows).long()
+    place = tensors.get("order", rows).long().cpu()
     others = place >= rank
-    second = tensors["coefficients.weight"][place[others] - rank] if others.any() else None
+    second = tensors["coefficients.weight"][place[others] - rank].to(basis) if others.any() else None
     return Piece(basis, second, torch.where(others, rank + others.cumsum(0) - 1, place))
 
 

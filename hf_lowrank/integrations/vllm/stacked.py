@@ -1,5 +1,7 @@
 """One layer of vLLM at work: the pieces of all its modules in as few products as there can be."""
 
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,18 +18,16 @@ class StackedLinear(nn.Module):
     pivoted, else by a concatenation.
 
     Args:
-        pieces (`list[Piece]`): in the order of the outputs.
-        dtype (`torch.dtype`): of the tables.
-        device (`torch.device`): of the tables.
+        pieces (`list[Piece]`): in the order of the outputs, all of one dtype and on one device.
 
     Shapes:
         `first` `(sum of r and of dense outputs, in)`, `seconds[k]` `(rows, r_k)`, `order` `(out,)` int64.
     """
 
-    def __init__(self, pieces, dtype, device):
+    def __init__(self, pieces):
         super().__init__()
         tables = _distinct([piece.first for piece in pieces])
-        stops = torch.tensor([len(table) for table in tables]).cumsum(0).tolist()
+        stops = list(accumulate(len(table) for table in tables))
         self.spans = [(stop - len(table), stop) for table, stop in zip(tables, stops, strict=True)]
         index = [next(i for i, table in enumerate(tables) if table is piece.first) for piece in pieces]
         self.span_of_piece = [self.spans[i] for i in index]
@@ -44,9 +44,9 @@ class StackedLinear(nn.Module):
             else:
                 self.plan.append((*self.spans[i], len(seconds)))
                 seconds.append(piece.second)
-        self.first = _fixed(torch.cat(tables), dtype, device)
-        self.seconds = nn.ParameterList([_fixed(second, dtype, device) for second in seconds])
-        order = _joint_order(pieces, self.span_of_piece).to(device) if ordered else None
+        self.first = _fixed(torch.cat(tables))
+        self.seconds = nn.ParameterList([_fixed(second) for second in seconds])
+        order = _joint_order(pieces, self.span_of_piece).to(self.first.device) if ordered else None
         self.register_buffer("order", order)
 
     def table(self, position):
@@ -74,8 +74,8 @@ def _distinct(tables):
     return found
 
 
-def _fixed(tensor, dtype, device):
-    return nn.Parameter(tensor.to(device, dtype).contiguous(), requires_grad=False)
+def _fixed(tensor):
+    return nn.Parameter(tensor.contiguous(), requires_grad=False)
 
 
 def _joint_order(pieces, spans):
@@ -84,9 +84,8 @@ def _joint_order(pieces, spans):
     for piece, (start, stop) in zip(pieces, spans, strict=True):
         rank, rows = stop - start, 0 if piece.second is None else len(piece.second)
         if piece.order is not None:
-            order = piece.order.cpu()
-            found.append(torch.where(order < rank, order + start, order - rank + done))
+            found.append(torch.where(piece.order < rank, piece.order + start, piece.order - rank + done))
         else:
-            found.append(torch.arange(done, done + rows) if rows else torch.arange(start, stop))
+            found.append(torch.arange(*((done, done + rows) if rows else (start, stop)), device="cpu"))
         done += rows
     return torch.cat(found)

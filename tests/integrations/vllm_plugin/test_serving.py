@@ -7,12 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_lowrank import LowRankConfig, collect_statistics, factorize, fold_order
+from hf_lowrank.integrations.vllm.pieces import FORMATS as SERVED
 from hf_lowrank.testing import tiny_model
 
 from .served import PACKED, logits, outputs, serve
 
 
-CHECKPOINTS = sorted((Path(__file__).parents[2] / "checkpoints").iterdir())
+CHECKPOINTS = sorted(
+    folder
+    for folder in (Path(__file__).parents[2] / "checkpoints").iterdir()
+    if folder.name.rpartition("_v")[0] in SERVED
+)
 JOINT = {"name": "basis_sharing", "joint_groups": list(PACKED.values())}
 CASES = {
     "low_rank": {"format": "low_rank"},
@@ -85,8 +90,9 @@ def test_every_published_checkpoint(vllm, folder):
         torch.testing.assert_close(logits(folder, serve(folder, size)), outputs(model), rtol=1e-5, atol=1e-6)
 
 
-def test_a_layer_takes_what_its_checkpoint_takes(vllm, tmp_path):
-    saved(tmp_path, format="pivoted", rank_pattern={"up_proj": "dense"})
+@pytest.mark.parametrize("case", ["low_rank", "some dense, pivoted", "one basis for a fused layer"])
+def test_layers_take_what_their_checkpoint_takes(vllm, case, tmp_path):
+    saved(tmp_path, **CASES[case])
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     for mine, theirs in zip(serve(tmp_path)[0].layers, model.model.layers, strict=True):
         numbers = sum(p.numel() for name, p in theirs.named_parameters() if "_proj" in name)
