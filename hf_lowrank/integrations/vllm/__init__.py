@@ -18,17 +18,20 @@ second. A pivoted module needs the basis everywhere, and each process only the c
 are vLLM's: split with the outputs, or added in the first process only.
 
 This folder stands alone. It is installed a second time, as the top-level package `_hf_lowrank_vllm`, whose files
-import each other, torch and vLLM only: vLLM 0.33 wants a transformers older than this package can use, and no process
-of vLLM has to import this package for a model that is none of its business. `pip install --no-deps hf-lowrank` puts it
-into the environment of vLLM.
+import each other, torch and vLLM only: vLLM 0.33 pins a transformers older than the rest of this package can use, and
+no process of vLLM should import all of it for a model that is none of its business. `pip install --no-deps hf-lowrank`
+puts it into the environment of vLLM.
 
-What is not served, and says so: factorized experts, embeddings and output heads; fused layers whose parts vLLM names
-in another way than by q, k, v or numbers; `--load-format dummy`; a basis shared with a layer of another pipeline
-stage. Layers that share a basis across depth have a copy each. Weights are loaded once: reloading into a running
-server, adapters of vLLM on factorized layers, and layers whose `weight` vLLM reads itself (`kv_b_proj` of latent
-attention) are not provided for.
+Not served, with an error that says so: factorized experts, embeddings and output heads; fused layers whose parts vLLM
+names in another way than by q, k, v or numbers; a bias that a method added where vLLM leaves adding it to others; a
+basis shared with a layer of another pipeline stage; `--load-format dummy`. Layers that share a basis across depth have
+a copy each. Weights are loaded once: loading into a running server, vLLM's adapters and offloading for factorized
+layers, and layers whose `weight` vLLM reads itself (`kv_b_proj` of latent attention) are not provided for.
 
-Written against vLLM 0.33.0 (commit 4ba787ec9).
+Written against the sources of vLLM 0.33.0 (commit 4ba787ec9). The tests run stand-ins for its layers and loaders, in
+one process on the CPU, for tensor-parallel groups of 1, 2 and 4; the linear layers, the weight loading and the plugin
+discovery of these sources were run in the same way. Not run: vLLM as a whole, its compiled kernels, CUDA graphs, GPUs,
+several processes.
 """
 
 

@@ -56,12 +56,14 @@ class LowRankConfig(QuantizationConfig):
             specs = members(prefix, self.packed_modules_mapping, self.modules)
             factorized = any(spec is not None for spec in specs.values())
             return LowRankLinearMethod(specs, self.holders) if factorized else UnquantizedLinearMethod()
-        # vLLM's own name for the weights in a layer of experts, which the checkpoint does not have.
-        inside = prefix.removesuffix(".routed_experts") if isinstance(layer, RoutedExperts) else prefix
-        name = next((n for n in self.modules if n == inside or n.startswith(f"{inside}.")), None)
-        if name is not None:
+        found = [prefix] if prefix in self.modules else []
+        if isinstance(layer, RoutedExperts):
+            # The last part of the name is vLLM's own; the checkpoint has the weights where vLLM has this layer.
+            inside = prefix.removesuffix("routed_experts").removesuffix(".")
+            found = [name for name in self.modules if name.startswith(f"{inside}.")]
+        if found:
             raise ServingError(
-                f"{name} is factorized, and vLLM applies it with its own kernels ({type(layer).__name__}); factorize "
-                "the model without it (`exclude_modules`), or serve it dense (`hf_lowrank.to_dense(model)`)."
+                f"{found[0]} is factorized, and vLLM applies it with kernels of its own ({type(layer).__name__}); "
+                "factorize the model without it (`exclude_modules`), or serve it dense (`hf_lowrank.to_dense(model)`)."
             )
         return None

@@ -75,7 +75,8 @@ def test_dense_layers_and_other_modules_are_left_to_vllm(vllm):
     served = quant(vllm, {"m.q_proj": LOW_RANK})
     layer = vllm.ReplicatedLinear(8, 8, prefix="m.o_proj", quant_config=served)
     assert type(layer.quant_method) is vllm.UnquantizedLinearMethod
-    assert served.get_quant_method(torch.nn.Module(), "m.attn") is None
+    for attention in ("m.attn", "m"):
+        assert served.get_quant_method(torch.nn.Module(), attention) is None
     assert served.get_quant_method(vllm.RoutedExperts(), "m.mlp.experts.routed_experts") is None
 
 
