@@ -58,9 +58,7 @@ class LowRankConfig(QuantizationConfig):
             return LowRankLinearMethod(specs, self.holders) if factorized else UnquantizedLinearMethod()
         found = [prefix] if prefix in self.modules else []
         if isinstance(layer, RoutedExperts):
-            # The last part of the name is vLLM's own; the checkpoint has the weights where vLLM has this layer.
-            inside = prefix.removesuffix("routed_experts").removesuffix(".")
-            found = [name for name in self.modules if name.startswith(f"{inside}.")]
+            found = [name for name in self.modules if name.startswith(f"{prefix}.")]
         if found:
             raise ServingError(
                 f"{found[0]} is factorized, and vLLM applies it with kernels of its own ({type(layer).__name__}); "

@@ -77,13 +77,13 @@ def test_dense_layers_and_other_modules_are_left_to_vllm(vllm):
     assert type(layer.quant_method) is vllm.UnquantizedLinearMethod
     for attention in ("m.attn", "m"):
         assert served.get_quant_method(torch.nn.Module(), attention) is None
-    assert served.get_quant_method(vllm.RoutedExperts(), "m.mlp.experts.routed_experts") is None
+    assert served.get_quant_method(vllm.RoutedExperts(), "m.mlp.experts") is None
 
 
 @pytest.mark.parametrize(
     ("kind", "prefix", "name"),
     [
-        ("RoutedExperts", "m.mlp.experts.routed_experts", "m.mlp.experts.gate_up_proj"),
+        ("RoutedExperts", "m.mlp.experts", "m.mlp.experts.gate_up_proj"),
         ("RoutedExperts", "m.mlp.experts", "m.mlp.experts.3.up_proj"),
         ("ParallelLMHead", "lm_head", "lm_head"),
     ],
