@@ -25,6 +25,7 @@ HOMES = {
     "datasets": {"integrations"},
     "optuna": {"allocation"},
     "pywt": {"linalg"},
+    "vllm": {"integrations/vllm"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 
