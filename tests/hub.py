@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 
+from huggingface_hub import ModelCard
+
 
 TOKEN = "hf_loopback"
 # Of somebody else, who may read what is public and write nowhere.
@@ -95,6 +97,10 @@ class Hub:
     def folder(self, repository, folder):
         """The files of a folder into a repository."""
         return self.put(repository, {path.name: path.read_bytes() for path in folder.iterdir()})
+
+    def card(self, repository, revision=MAIN):
+        """The README.md."""
+        return ModelCard(self.repositories[repository].files(revision)["README.md"].decode())
 
     def commits(self, repository):
         """How many commits were asked for."""

@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
         self.writer(owner)
         name = f"{owner}/{asked['name'].rpartition('/')[2]}"
         known = name in self.hub.repositories
-        self.hub.repositories.setdefault(name, Repository(bool(asked.get("private"))))
+        self.hub.repositories.setdefault(name, Repository(asked.get("visibility") == "private"))
         self.answer({"url": f"{self.hub.url}/{name}", "name": name, "id": name}, 409 if known else 200)
 
     def validate(self, content):

@@ -39,7 +39,7 @@ def install_push():
 
     @functools.wraps(push)
     def push_to_hub(self, *args, model_card=True, tokenizer=None, **kwargs):
-        _check(self, model_card, tokenizer)
+        _check(model_card)
         token = asked.set((model_card, tokenizer))
         try:
             return push(self, *args, **kwargs)
@@ -70,7 +70,7 @@ def _install_trainer(module):
 
     @functools.wraps(original)
     def create_model_card(self, *args, model_card=True, **kwargs):
-        _check(self.model, model_card, None)
+        _check(model_card)
         original(self, *args, **kwargs)
         if not self.is_world_process_zero():
             return
@@ -110,14 +110,12 @@ def _needs_package(model):
     )
 
 
-def _check(pushed, card, tokenizer):
+def _check(card):
     if not isinstance(card, (bool, ModelCard)):
         raise ConfigError(
             f"`model_card`={card!r:.100} must be True for a card that is generated, False for none of ours, or a card: "
             "hf_lowrank.model_card(model, ...)."
         )
-    if not isinstance(pushed, nn.Module) and (card is not True or tokenizer is not None):
-        raise ConfigError(f"`model_card` and `tokenizer` go with a model, not with a {type(pushed).__name__}.")
 
 
 def _upload(model, folder, repo_id, before, card, prefer_card, commit_message=None, create_pr=False, **options):
