@@ -1,4 +1,4 @@
-"""README.md of a repository on the Hub: rendered from a template, merged into what a user wrote, read for a licence."""
+"""README.md of a repository: rendered from a template, merged into what a user wrote, read for its licence."""
 
 import logging
 import os

@@ -15,6 +15,7 @@ from ..versions import versions
 # What a token of the Hub looks like.
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
+
 def environment():
     """Versions and processor, to stand beside every result."""
     return {
@@ -26,8 +27,12 @@ def environment():
 
 
 def command():
-    """The command line of this process, as typed after `python`, without tokens of the Hub: results are published."""
-    return TOKEN.sub("hf_***", shlex.join(["python", *sys.argv]))
+    """The command line of this process, as typed after `python`; results are published, so it keeps no secrets.
+
+    Tokens of the Hub are masked, and of an absolute path its last part stays.
+    """
+    given = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv]
+    return TOKEN.sub("hf_***", shlex.join(["python", *given]))
 
 
 def describe(model):

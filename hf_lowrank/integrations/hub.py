@@ -113,8 +113,8 @@ def _needs_package(model):
 def _check(card):
     if not isinstance(card, (bool, ModelCard)):
         raise ConfigError(
-            f"`model_card`={card!r:.100} must be True for a card that is generated, False for none of ours, or a card: "
-            "hf_lowrank.model_card(model, ...)."
+            f"`model_card`={card!r:.100} must be True for a card that is generated, False for none of ours, or a card "
+            "such as hf_lowrank.model_card(model) makes."
         )
 
 

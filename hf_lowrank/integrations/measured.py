@@ -32,7 +32,8 @@ def quality(after, before=None):
             "not compare; measure both with the same arguments of hf_lowrank.evaluate."
         )
     columns = [after] if before is None else [before, after]
-    lines = [["", "base model", "this model"][:: 3 - len(columns)], ["---", *["--:"] * len(columns)]]
+    head = ["", "this model"] if before is None else ["", "base model", "this model"]
+    lines = [head, ["---", *["--:"] * len(columns)]]
     for name, text in after["perplexity"].items():
         what = f"{name}, perplexity over {text['windows']} x {text['window']} tokens"
         lines.append([what, *(f"{column['perplexity'][name]['perplexity']:.2f}" for column in columns)])
@@ -40,7 +41,9 @@ def quality(after, before=None):
         what = f"{name}, {task['metric']} over {task['items']} items, zero-shot"
         lines.append([what, *(_accuracy(column["multiple_choice"][name]) for column in columns)])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\nMeasured by `{after['command']}`. Nothing else was measured."
+    errors = " Behind ± is one standard error." if "±" in table else ""
+    by = ", ".join(f"{name} {after['environment'][name]}" for name in ("torch", "transformers"))
+    return f"{table}\n\nMeasured by `{after['command']}`, with {by}.{errors} Nothing else was measured."
 
 
 def protocol(evaluation):

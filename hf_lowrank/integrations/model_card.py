@@ -1,5 +1,6 @@
 """The card of a factorized model: everything in it is read off the model, its recipe, or a measurement."""
 
+import json
 import re
 from dataclasses import MISSING, fields
 from itertools import groupby
@@ -16,7 +17,7 @@ from .calibration import SELF, Calibration
 from .measured import as_json, quality
 
 
-def model_card(model=None, repo_id=None, evaluation=None, dense=None, token=None, **metadata):
+def model_card(model=None, repo_id=None, evaluation=None, dense=None, command=None, token=None, **metadata):
     """Describe a factorized model, or an adapter of one, for the Hub.
 
     `model.push_to_hub(repo_id)` writes this card by itself. Make it yourself to put measured quality into it, or words
@@ -29,6 +30,7 @@ def model_card(model=None, repo_id=None, evaluation=None, dense=None, token=None
         evaluation ([`Evaluation`], `dict` or `str`, *optional*): what `hf_lowrank.evaluate` returned for the model, or
             the file it was saved to.
         dense ([`Evaluation`], `dict` or `str`, *optional*): the same of the base model.
+        command (`str`, *optional*): that made the model.
         token (`str` or `bool`, *optional*): to read the base model's card with, as in `huggingface_hub`.
         metadata: entries of the YAML block, in place of those that are found: `license`, `language`, `base_model` (a
             repository on the Hub), ... Licence and language are those of the base model's card, where it can be read.
@@ -75,7 +77,7 @@ def model_card(model=None, repo_id=None, evaluation=None, dense=None, token=None
         repo_id=repo_id or "THIS REPOSITORY",
         subject=f"[{base}](https://huggingface.co/{base})" if base else f"A `{described['model_class']}`",
         quality=quality(evaluation, dense),
-        facts=_facts(recipe),
+        facts={**_facts(recipe), **({} if command is None else {"command": f"`{command}`"})},
         versions=recipe.get("versions") or (evaluation or {}).get("environment"),
     )
 
@@ -122,11 +124,11 @@ def _facts(recipe):
         return {"recipe": "not recorded"}
     method = _name(recipe["method"])
     # A checkpoint outlives the method it was made by.
-    about = METHODS[method].__doc__.strip().splitlines()[0] if method in METHODS else ""
-    facts = {"method": f"`{method}`. {about}".rstrip()}
-    facts |= {"budget": f"`{name}` = {recipe[name]}" for name in BUDGETS if name in recipe}
+    about = f". {METHODS[method].__doc__.strip().splitlines()[0]}" if method in METHODS else ""
+    facts = {"method": f"`{method}`{about}"}
+    facts["budget"] = ", ".join(f"`{name}` = {recipe[name]}" for name in BUDGETS if name in recipe)
     if "allocation" in recipe:
-        facts["ranks by"] = f"`{_name(recipe['allocation'])}`"
+        facts["ranks chosen by"] = f"`{_name(recipe['allocation'])}`"
     if "refine" in recipe:
         facts["refined by"] = f"`{_name(recipe['refine'])}`"
     facts["calibration"] = _calibration_in_words(recipe.get("calibration"))
@@ -148,13 +150,13 @@ def _as_code(recipe):
     if not recipe:
         return ""
     given = {
-        f.name: repr(recipe[f.name])
+        f.name: _literal(recipe[f.name])
         for f in fields(Recipe)
         if f.name in recipe and f.name != "calibration" and (f.name == "method" or recipe[f.name] != f.default)
     }
     data = recipe.get("calibration") or {"data": None}
     sizes = [
-        f"{f.name}={data[f.name]!r}"
+        f"{f.name}={_literal(data[f.name])}"
         for f in fields(Calibration)
         if f.name in data and f.default is not MISSING and data[f.name] != f.default
     ]
@@ -163,6 +165,15 @@ def _as_code(recipe):
     elif sizes:
         given["calibration"] = f"Calibration({', '.join(sizes)})".replace("data=", "", 1)
     return "LowRankConfig(\n" + "".join(f"    {name}={value},\n" for name, value in given.items()) + ")"
+
+
+def _literal(value):
+    """JSON-like `value` as Python, quoted as formatters quote."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _rank_table(rows):

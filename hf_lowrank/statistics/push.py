@@ -13,7 +13,9 @@ from ..upload import upload
 def push_statistics(statistics, repo_id, path_in_repo, private, token, revision, create_pr, commit_message):
     """What [`Statistics.push_to_hub`] does."""
     if not path_in_repo.endswith(".safetensors"):
-        raise StatisticsError(f"`path_in_repo`={path_in_repo!r} must end in .safetensors, as what it is read by wants.")
+        raise StatisticsError(
+            f"`path_in_repo`={path_in_repo!r} must end in .safetensors, as what it is read by wants."
+        )
     repo_id = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     card = rendered(
         "statistics",

@@ -26,6 +26,7 @@ model = small()
 """
 BASE_README = "---\nlicense: other\nlicense_name: some\nlicense_link: LICENSE\nlanguage:\n- en\n---\n# Base\n"
 
+
 @pytest.fixture(scope="session")
 def hub():
     with Hub() as hub:

@@ -20,7 +20,9 @@ with torch.no_grad():
 
 
 def test_a_process_that_never_imports_the_package_pulls_what_was_pushed(hub, worker, tmp_path):
-    worker.run(f"torch.save(logits(model), {str(tmp_path / 'pushed')!r}); model.push_to_hub('me/small', tags=['mine'])")
+    worker.run(
+        f"torch.save(logits(model), {str(tmp_path / 'pushed')!r}); model.push_to_hub('me/small', tags=['mine'])"
+    )
     assert hub.commits("me/small") == 1
     assert sorted(hub.repositories["me/small"]) == [
         "README.md", "config.json", "generation_config.json", "model.safetensors",
@@ -79,7 +81,9 @@ def test_weights_of_an_earlier_push_do_not_win(hub, worker):
 def test_a_branch_and_a_pull_request_leave_main_alone(hub, worker):
     worker.run("model.push_to_hub('me/small')")
     before = dict(hub.repositories["me/small"])
-    hub.repositories["me/small"].commit("v/2", {**before, "README.md": b"---\ntags: [own]\n---\nWords of the branch.\n"})
+    hub.repositories["me/small"].commit(
+        "v/2", {**before, "README.md": b"---\ntags: [own]\n---\nWords of the branch.\n"}
+    )
     worker.run("other = small(6); other.push_to_hub('me/small', revision='v/2')")
     worker.run("print(other.push_to_hub('me/small', create_pr=True).pr_revision)")
     assert dict(hub.repositories["me/small"]) == before

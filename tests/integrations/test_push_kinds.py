@@ -98,9 +98,8 @@ inside = small()
 inside.add_adapter(lora)
 inside.push_to_hub("me/inside")
 """)
-    assert [name for name in ("on-factors", "wara", "lora", "inside") if "hf_lowrank" in hub.card(f"me/{name}").text] == [
-        "on-factors", "wara", "inside",
-    ]  # fmt: skip
+    ours = {name: "hf_lowrank" in hub.card(f"me/{name}").text for name in ("on-factors", "wara", "inside", "lora")}
+    assert ours == {"on-factors": True, "wara": True, "inside": True, "lora": False}
     assert "| default | LORA | 8 | q_proj |" in hub.card("me/inside").text
 
 
