@@ -80,6 +80,17 @@ def merged(own, card, prefer_card=False):
     return result
 
 
+def write(card, path):
+    """Put a card into a file, which never holds half of it."""
+    partial = f"{os.fspath(path)}.partial"
+    try:
+        card.save(partial)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
 def readme_at(repo_id, revision=None, token=None):
     """The README.md of a repository as it stands at this moment, or `None` if there is none.
 

@@ -6,7 +6,6 @@ method is wrapped, and `push_to_hub`, for its keywords. `Trainer` writes its REA
 
 import functools
 import math
-import os
 import re
 import sys
 from contextvars import ContextVar
@@ -17,7 +16,7 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from ..errors import ConfigError
-from ..readme import README, merged
+from ..readme import README, merged, write
 from ..surgery import factorized
 from ..upload import upload
 from .autoload import PACKAGE, after_import
@@ -78,9 +77,7 @@ def _install_trainer(module):
         card = card_for(model, self.hub_model_id, model_card, self.args.hub_token)
         if card is not None:
             path = Path(self.args.output_dir, README)
-            partial = path.with_suffix(".partial")
-            merged(ModelCard.load(path), card, card is model_card).save(partial)
-            os.replace(partial, path)
+            write(merged(ModelCard.load(path), card, card is model_card), path)
 
     module.Trainer.create_model_card = create_model_card
 

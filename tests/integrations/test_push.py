@@ -132,7 +132,7 @@ def test_who_may_not_push_is_told_by_the_hub(hub, worker, token, status, message
     assert list(hub.repositories["me/small"]) == ["config.json"]
 
 
-@pytest.mark.parametrize("token", [False, STRANGER])
+@pytest.mark.parametrize("token", [False, STRANGER, "hf_wrong"])
 def test_who_may_not_read_is_told_by_transformers(hub, worker, token):
     worker.run("model.push_to_hub('me/small', private=True)")
     assert hub.repositories["me/small"].private
@@ -197,6 +197,18 @@ model.push_to_hub("me/small", model_card=mine)
     worker.run("mine.data.license = 'bsd'; model.push_to_hub('me/small', model_card=mine)")
     assert hub.card("me/small").data.license == "bsd", "a card that is given wins over what is there"
     assert "`model_card`='no'" in worker.fail("model.push_to_hub('me/small', model_card='no')")
+
+
+def test_a_card_that_the_hub_refuses_is_refused_before_anything_is_sent(hub, worker):
+    worker.run("model.push_to_hub('me/small')")
+    before = dict(hub.repositories["me/small"])
+    hub.requests.clear()
+    code = (
+        "other = small(3); other.push_to_hub('me/small', model_card=hf_lowrank.model_card(other, base_model='a/b/c'))"
+    )
+    assert '"base_model" with value "a/b/c" is not valid' in worker.fail(code)
+    assert dict(hub.repositories["me/small"]) == before
+    assert not any("/objects/" in request for request in hub.requests)
 
 
 def test_a_tokenizer_goes_in_the_same_commit(hub, worker):
