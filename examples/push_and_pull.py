@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from benchmarks.setups import english, smollm2, tiny
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lowrank
@@ -26,6 +27,7 @@ from hf_lowrank import Calibration, LowRankConfig
 PULL = """
 import sys
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 assert "hf_lowrank" not in sys.modules
@@ -35,7 +37,7 @@ model = AutoModelForCausalLM.from_pretrained(repository)
 inputs = tokenizer("The capital of France is", return_tensors="pt")
 inputs.pop("token_type_ids", None)
 with torch.no_grad():
-    torch.save(model(**inputs).logits, logits)
+    save_file({"logits": model(**inputs).logits}, logits)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]))
 """
 
@@ -59,9 +61,11 @@ def run(arguments, folder):
     tokenizer = AutoTokenizer.from_pretrained(where)
     window, windows = (64, 2) if arguments.smoke else (512, 8)
     sizes = {"samples": 4, "length": 32} if arguments.smoke else {}
+    # More characters than these tokens can have.
+    text = english()[: windows * window * 16]
 
     def measure(model):
-        task = hf_lowrank.PerplexityTask(english(), window=window, max_windows=windows)
+        task = hf_lowrank.PerplexityTask(text, window=window, max_windows=windows)
         return hf_lowrank.evaluate(model, tokenizer, perplexity={"Python's language reference": task})
 
     load = AutoModelForCausalLM.from_pretrained
@@ -70,22 +74,21 @@ def run(arguments, folder):
     model = load(where, lowrank_config=config)
     after = measure(model)
     card = hf_lowrank.model_card(model, arguments.repository, evaluation=after, dense=before)
-    commit = model.push_to_hub(
-        arguments.repository, tokenizer=tokenizer, model_card=card, private=arguments.private or None
-    )
+    private = arguments.private or None
+    commit = model.push_to_hub(arguments.repository, tokenizer=tokenizer, model_card=card, private=private)
     print(f"pushed: {commit.commit_url}\n{hf_lowrank.summary(model).line}")
 
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         expected = model(input_ids=inputs["input_ids"]).logits
-    pulled = f"{folder}/logits.pt"
+    pulled = f"{folder}/logits.safetensors"
     done = subprocess.run(
         [sys.executable, "-c", PULL, arguments.repository, pulled], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(done.stderr)
     print(f"pulled, it says: {done.stdout.strip()}")
-    same = torch.equal(torch.load(pulled), expected)
+    same = torch.equal(load_file(pulled)["logits"], expected)
     print(f"logits of the pulled model equal, bit for bit: {same}")
     if not same:
         raise SystemExit("the pulled model differs from the one that was pushed")

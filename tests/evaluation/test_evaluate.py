@@ -119,4 +119,4 @@ def test_packed_weights_count_as_they_are_stored():
 
 def test_the_command_tells_no_secrets(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/home/me/run.py", "--token", "hf_" + "a1" * 17, "--data", "/data/x", "here/y"])
-    assert command() == "python run.py --token 'hf_***' --data x here/y"
+    assert command() == "python run.py --token hf_*** --data x here/y"
