@@ -2,28 +2,37 @@
 
 import os
 import platform
+import re
 import shlex
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from ..versions import versions
+
+
+# What a token of the Hub looks like.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
 
 def environment():
     """Versions and processor, to stand beside every result."""
-    names = ("hf-lowrank", "torch", "transformers", "accelerate", "safetensors")
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        **{name: version(name) for name in names},
+        **versions(),
     }
 
 
 def command():
-    """The command line of this process, as typed after `python`."""
-    return shlex.join(["python", *sys.argv])
+    """The command line of this process, as typed after `python`; results are published, so it keeps no secrets.
+
+    Tokens of the Hub are masked, and of an absolute path its last part stays.
+    """
+    given = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv]
+    return TOKEN.sub("hf_***", shlex.join(["python", *given]))
 
 
 def describe(model):

@@ -132,7 +132,8 @@ def make_batches(calibration, model, tokenizer, seed):
         return _blocks(sequences, calibration), {**_sizes(calibration), "data": SELF, "seed": seed}
     if isinstance(data, (str, os.PathLike)):
         texts = read_texts(data, calibration.split, calibration.text_column)
-        name = Path(data).name
+        # Of a file, its name; of a data set, its id.
+        name = Path(data).name if os.path.exists(data) else os.fspath(data)
     elif _are_texts(data):
         texts, name = data, f"{len(data)} texts"
     else:
