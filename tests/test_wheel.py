@@ -1,4 +1,4 @@
-"""What `pip install .` leaves behind: the package, its templates, and beside it the start-up hook and the vLLM plugin."""
+"""What `pip install .` leaves behind: the package, its templates, the start-up hook and the plugin for vLLM."""
 
 import configparser
 import subprocess
