@@ -1,11 +1,11 @@
 """Measures that others take too: perplexity over contiguous windows, zero-shot multiple choice, sizes."""
 
+from ..provenance import environment
 from .evaluate import evaluate
 from .likelihood import encode_pair, loglikelihoods
 from .multiple_choice import MultipleChoice, MultipleChoiceTask, multiple_choice
 from .perplexity import Perplexity, PerplexityTask, perplexity
 from .presets import PRESETS
-from .provenance import environment
 from .result import Evaluation
 from .size import Size, size_of
 from .tasks import TASKS
