@@ -31,6 +31,7 @@ from .integrations import (
     collect_statistics,
     factorize,
     residual_adapter,
+    text_samples,
     to_dense,
     train_only,
 )
@@ -39,7 +40,7 @@ from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .passes import fold_order
 from .recipe import Recipe
-from .reporting import Summary, summary
+from .reporting import Report, Sample, Summary, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
 from .truncate import truncate
 
@@ -77,7 +78,9 @@ __all__ = [
     "Probe",
     "RankError",
     "Recipe",
+    "Report",
     "ResourceError",
+    "Sample",
     "SharedBasisLinear",
     "Statistic",
     "Statistics",
@@ -94,8 +97,10 @@ __all__ = [
     "register_format",
     "register_method",
     "register_statistic",
+    "report",
     "residual_adapter",
     "summary",
+    "text_samples",
     "to_dense",
     "train_only",
     "truncate",

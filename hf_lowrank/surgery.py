@@ -111,7 +111,7 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
 
 
 def selected_sites(model, target_modules="all-linear", exclude_modules=None):
-    """What [`match_sites`] gives, without its checks: of a factorized model, the targets that are still dense."""
+    """What [`match_sites`] gives, without its checks, which a model that is factorized already may not pass."""
     sites = all_sites(model)
     if target_modules == "all-linear":
         skip = default_exclusions(model)

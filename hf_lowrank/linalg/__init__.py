@@ -1,6 +1,6 @@
 """Matrix problems: tensors in, tensors out. Knows nothing of modules, models or files."""
 
-from .blocks import times
+from .blocks import difference_energy, times
 from .pivoting import row_basis
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
 from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
@@ -13,6 +13,7 @@ __all__ = [
     "band_names",
     "band_sizes",
     "column_weighted",
+    "difference_energy",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
