@@ -1,9 +1,8 @@
 """Texts that several models write after the same prompts."""
 
-import torch
-
 from ..errors import ConfigError
 from ..reporting import Sample
+from ..statistics.collect import device_of, prepared
 
 
 def text_samples(models, tokenizer, prompts, max_new_tokens=48):
@@ -29,19 +28,9 @@ def text_samples(models, tokenizer, prompts, max_new_tokens=48):
     ]
 
 
-@torch.no_grad()
 def _continue(model, tokenizer, prompt, max_new_tokens):
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    training = model.training
-    model.eval()
-    try:
-        ids = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=_padding(tokenizer)
-        )
-    finally:
-        model.train(training)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device_of(model))
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with prepared(model, backward=False):
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def _padding(tokenizer):
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

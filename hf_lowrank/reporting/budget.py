@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from ..recipe import BUDGETS
-from ..sizes import stored_bytes
 from ..surgery import pattern_for
 
 
@@ -15,8 +14,9 @@ class Budget:
         name (`str`, *optional*): the argument of [`LowRankConfig`] that gave it; `None` where the recipe is not known.
         asked (`int` or `float`, *optional*): its value.
         reached (`int` or `float`, *optional*): the same of the model as it stands, without the layers that
-            `rank_pattern` sets apart, unless the whole model was asked about; the largest rank for `rank`, and the
-            smallest share for `energy`. `None` where the model does not tell, as for a budget of time.
+            `rank_pattern` sets apart, unless the whole model was asked about. For `target_bytes`, without the headers
+            of files; for `rank`, the largest; for `energy`, the smallest share. `None` where the model does not tell,
+            as for a budget of time.
         counted (`int`): layers that count.
         pinned (`int`): layers that `rank_pattern` sets apart.
     """
@@ -28,13 +28,19 @@ class Budget:
     pinned: int
 
 
-def budget_of(model, recipe, layers):
-    """The [`Budget`] of a factorized `model`: `recipe` as in its config, or `None`, and its `layers`."""
+def budget_of(recipe, layers, size):
+    """The [`Budget`] of a factorized model.
+
+    Args:
+        recipe (`dict`, *optional*): as in its config.
+        layers (`list[Layer]`): its targets.
+        size (`int`): bytes of the whole model.
+    """
     recipe = recipe or {}
     name = next((name for name in BUDGETS if name in recipe), None)
     pinned = _pinned(layers, recipe.get("rank_pattern", {}))
     free = [layer for layer in layers if layer.name not in pinned]
-    return Budget(name, recipe.get(name), _reached(name, model, recipe, free), len(free), len(pinned))
+    return Budget(name, recipe.get(name), _reached(name, recipe, free, size), len(free), len(pinned))
 
 
 def _pinned(layers, pattern):
@@ -44,12 +50,12 @@ def _pinned(layers, pattern):
     return hits | {layer.name for layer in layers if (layer.basis or layer.name) in groups}
 
 
-def _reached(name, model, recipe, layers):
+def _reached(name, recipe, layers, size):
     allocation = recipe.get("allocation")
     if isinstance(allocation, dict) and allocation.get("cost") == "latency":
         return None
     if name == "target_bytes":
-        return stored_bytes(model)
+        return size
     if name == "target_params":
         return sum(layer.parameters for layer in layers)
     if name == "param_ratio":

@@ -26,9 +26,7 @@ def heat_map(layers):
     from matplotlib.patches import Rectangle
 
     blocks, projections, cells = _grid(layers)
-    # Names take a fixed part of the width, blocks the rest.
-    height = 0.26 * len(projections) + 0.75
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.26 * len(projections) + 0.75), layout="constrained")
     axes, hints = figure.add_subplot(), {}
     for (block, projection), members in cells.items():
         kept = sum(m.parameters for m in members) / sum(m.dense_parameters for m in members)
@@ -60,7 +58,7 @@ def kept_ranks(layers):
     for index, projection in enumerate(projections):
         # Lines of one rank would hide each other.
         shift = (index - (len(projections) - 1) / 2) * 0.5 / len(projections)
-        style = {"color": _colour(index), "linestyle": STYLES[index // len(PALETTE) % len(STYLES)]}
+        style = {"color": PALETTE[index % len(PALETTE)], "linestyle": STYLES[index // len(PALETTE) % len(STYLES)]}
         found = {block: members for (block, own), members in cells.items() if own == projection}
         ranks = {b: [m.rank for m in members if m.rank is not None] for b, members in found.items()}
         mean = [sum(ranks[b]) / len(ranks[b]) if ranks.get(b) else math.nan for b in blocks]
@@ -127,15 +125,8 @@ def error_shares(layers):
     bottom = dict.fromkeys(blocks, 0.0)
     for index, projection in enumerate(projections):
         shares = [sum(m.error_share or 0.0 for m in cells.get((b, projection), ())) for b in blocks]
-        axes.bar(
-            blocks,
-            shares,
-            bottom=list(bottom.values()),
-            width=0.8,
-            color=_colour(index),
-            label=projection,
-            linewidth=0,
-        )
+        style = {"color": PALETTE[index % len(PALETTE)], "linewidth": 0}
+        axes.bar(blocks, shares, bottom=list(bottom.values()), label=projection, **style)
         bottom = {b: bottom[b] + share for b, share in zip(blocks, shares, strict=True)}
     axes.set(xlabel="block", ylabel="share of the error")
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
@@ -194,10 +185,6 @@ def _at(spectrum, index):
         value = before + (value - before) * (index - left) / (right - left)
     # A floor, below which float64 does not tell values from rounding, keeps logarithms finite.
     return max(value / spectrum.values[0], 1e-12) if spectrum.values[0] else 1e-12
-
-
-def _colour(index):
-    return PALETTE[index % len(PALETTE)]
 
 
 def _legend(figure, axes):

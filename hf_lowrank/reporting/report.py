@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, is_dataclass
 from types import UnionType
 from typing import get_args, get_type_hints
@@ -77,12 +78,11 @@ class Report:
         """
         os.makedirs(folder, exist_ok=True)
         texts = {JSON: json.dumps(self.to_json(), indent=1) + "\n", HTML: self.html()}
-        for name, text in texts.items():
-            with (
-                writing(os.path.join(folder, name)) as partial,
-                open(partial, "w", encoding="utf-8", newline="\n") as file,
-            ):
-                file.write(text)
+        with ExitStack() as complete:
+            for name, text in texts.items():
+                partial = complete.enter_context(writing(os.path.join(folder, name)))
+                with open(partial, "w", encoding="utf-8", newline="\n") as file:
+                    file.write(text)
 
     @staticmethod
     def load(path):
@@ -143,7 +143,7 @@ def report(model, dense=None, quality=None, samples=None, spectra=True):
         model=described,
         recipe=recipe,
         environment=environment(),
-        budget=budget_of(model, recipe, layers),
+        budget=budget_of(recipe, layers, totals.bytes),
         parameters=totals.parameters,
         dense_parameters=totals.dense_parameters,
         bytes=totals.bytes,
@@ -162,7 +162,7 @@ def _as_json(label, evaluation):
 
 
 def _read(hint, value):
-    """`value`, plain JSON, as what `hint`, the annotation of a field, says; `ValueError` where it is something else."""
+    """`value`, plain JSON, as what the annotation `hint` of a field says; `ValueError` where it is something else."""
     options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     for option in options:
         if is_dataclass(option) and isinstance(value, dict):
