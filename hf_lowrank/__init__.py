@@ -22,7 +22,7 @@ from .errors import (
     TargetError,
     UnknownNameError,
 )
-from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
+from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
 from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
 from .integrations import (
     Calibration,
@@ -31,7 +31,6 @@ from .integrations import (
     collect_statistics,
     factorize,
     residual_adapter,
-    text_samples,
     to_dense,
     train_only,
 )

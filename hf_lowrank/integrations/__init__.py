@@ -12,7 +12,6 @@ from .guard import install_guard
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
-from .samples import text_samples
 from .verbs import collect_statistics, factorize, to_dense
 
 
@@ -32,7 +31,6 @@ __all__ = [
     "experts",
     "factorize",
     "residual_adapter",
-    "text_samples",
     "to_dense",
     "train_only",
 ]

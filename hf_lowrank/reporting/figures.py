@@ -106,6 +106,7 @@ def spectra(layers):
         axes.set(yscale="log", title=projection, xlim=(0, None))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(color=LINE, linewidth=0.6)
+        axes.minorticks_off()
         axes.tick_params(labelsize=7)
     return figure
 

@@ -74,7 +74,7 @@ def test_any_module_will_do():
     assert [layer.name for layer in found.layers] == ["0", "2"]
     assert (found.recipe, found.budget.name) == (None, None)
     assert found.model == {"name": "", "class": "Sequential", "dtype": "float32"}
-    assert "1.8" in found.html()
+    assert f"{found.dense_bytes / found.bytes:.2f}x smaller" in found.html()
 
 
 def test_shares_of_the_error_are_those_of_n_e_squared():

@@ -2,7 +2,7 @@
 
 from ..errors import ConfigError
 from ..reporting import Sample
-from ..statistics.collect import device_of, prepared
+from .inference import inference
 
 
 def text_samples(models, tokenizer, prompts, max_new_tokens=48):
@@ -29,8 +29,8 @@ def text_samples(models, tokenizer, prompts, max_new_tokens=48):
 
 
 def _continue(model, tokenizer, prompt, max_new_tokens):
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device_of(model))
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    with prepared(model, backward=False):
+    with inference(model) as device:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
