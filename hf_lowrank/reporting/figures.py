@@ -88,8 +88,8 @@ def spectra(layers):
     groups = {}
     for layer in layers:
         groups.setdefault(layer.projection, []).append(layer)
-    columns = min(4, len(groups))
-    rows = math.ceil(len(groups) / columns)
+    rows = math.ceil(len(groups) / 4)
+    columns = math.ceil(len(groups) / rows)
     figure = Figure(figsize=(WIDTH, 2.0 * rows + 0.2), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes in grid.flat[len(groups) :]:

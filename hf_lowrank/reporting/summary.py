@@ -103,7 +103,7 @@ def summary(model):
         stored, size = _count(own)
         dense = copies * out_features * in_features
         # The order of a pivoted layer is of integers, whatever the dtype of the weight.
-        dense_size = dense * next(t for t in own if t.is_floating_point()).element_size()
+        dense_size = dense * next((t for t in own if t.is_floating_point()), own[0]).element_size()
         shape = f"{out_features} x {in_features}" if copies == 1 else f"{copies} x {out_features} x {in_features}"
         edge = FORMATS[spec["format"]].break_even(out_features, in_features)
         error = spec.get("relative_error")
