@@ -1,4 +1,7 @@
-"""The plots of a report. Each gives a matplotlib figure, drawn without pyplot and its global state."""
+"""The plots of a report, each of the layers of one stack: `(figure, hints)`, or `None` where there is nothing to show.
+
+Figures are matplotlib's, drawn without pyplot and its global state; hints are texts for single artists.
+"""
 
 import math
 from statistics import median
@@ -17,11 +20,7 @@ NUMBERED = 24
 
 
 def heat_map(layers):
-    """`(figure, hints)`: what each projection keeps in each block of one stack, the stronger the colour, the more.
-
-    Args:
-        layers (`list[Layer]`): of one stack.
-    """
+    """What each projection keeps in each block: the stronger the colour, the more."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -48,7 +47,7 @@ def heat_map(layers):
 
 
 def kept_ranks(layers):
-    """The rank of every layer of one stack, a line a projection; an empty ring where the weight stayed dense."""
+    """The rank of every layer, a line a projection; an empty ring where the weight stayed dense."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -74,20 +73,19 @@ def kept_ranks(layers):
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     _legend(figure, axes)
-    return figure
+    return figure, {}
 
 
 def spectra(layers):
-    """Singular values of what is stored, one panel a projection: median and range over blocks; dashed, the dense ones.
-
-    Args:
-        layers (`list[Layer]`): of one stack, with spectra.
-    """
+    """Singular values of what is stored, a panel a projection: median and range over blocks; dashed, the dense."""
     from matplotlib.figure import Figure
 
     groups = {}
     for layer in layers:
-        groups.setdefault(layer.projection, []).append(layer)
+        if layer.spectrum is not None:
+            groups.setdefault(layer.projection, []).append(layer)
+    if not groups:
+        return None
     rows = math.ceil(len(groups) / 4)
     columns = math.ceil(len(groups) / rows)
     figure = Figure(figsize=(WIDTH, 2.0 * rows + 0.2), layout="constrained")
@@ -95,12 +93,11 @@ def spectra(layers):
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
     for axes, (projection, members) in zip(grid.flat, groups.items(), strict=False):
-        stored = [m.spectrum for m in members if m.spectrum is not None]
         dense = [m.dense_spectrum for m in members if m.dense_spectrum is not None]
         if dense:
             x, _, middle, _ = _over(dense)
             axes.plot(x, middle, color=MUTED, linewidth=1, linestyle="--", label="dense")
-        x, low, middle, high = _over(stored)
+        x, low, middle, high = _over([m.spectrum for m in members])
         axes.fill_between(x, low, high, color=ACCENT, alpha=0.2, linewidth=0)
         axes.plot(x, middle, color=ACCENT, linewidth=1.4, label="stored")
         axes.set(yscale="log", title=projection, xlim=(0, None))
@@ -108,18 +105,16 @@ def spectra(layers):
         axes.grid(color=LINE, linewidth=0.6)
         axes.minorticks_off()
         axes.tick_params(labelsize=7)
-    return figure
+    return figure, {}
 
 
 def error_shares(layers):
-    """What each block contributes to the error, stacked by projection.
-
-    Args:
-        layers (`list[Layer]`): of one stack.
-    """
+    """What each block contributes to the error, stacked by projection."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    if all(layer.error_share is None for layer in layers):
+        return None
     blocks, projections, cells = _grid(layers)
     figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
     axes = figure.add_subplot()
@@ -135,7 +130,10 @@ def error_shares(layers):
     axes.grid(axis="y", color=LINE, linewidth=0.6)
     axes.set_axisbelow(True)
     _legend(figure, axes)
-    return figure
+    return figure, {}
+
+
+ALL = {"heat": heat_map, "ranks": kept_ranks, "spectra": spectra, "errors": error_shares}
 
 
 def _grid(layers):

@@ -26,9 +26,10 @@ def render(report):
     """The page that shows `report`, a [`Report`]."""
     try:
         import jinja2
+        import matplotlib  # noqa: F401 (for the plots, further down)
     except ImportError as error:
         raise ImportError(
-            "The page of a report needs Jinja, which is not installed: `pip install 'hf-lowrank[report]'`."
+            f"The page of a report needs {error.name}, which is not installed: `pip install 'hf-lowrank[report]'`."
         ) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),
@@ -71,23 +72,14 @@ def _plots(report):
 
 
 def _plots_of(layers, prefix):
-    drawn = {"heat": lambda: figures.heat_map(layers), "ranks": lambda: (figures.kept_ranks(layers), None)}
-    with_spectra = [layer for layer in layers if layer.spectrum is not None]
-    if with_spectra:
-        drawn["spectra"] = lambda: (figures.spectra(with_spectra), None)
-    if any(layer.error_share is not None for layer in layers):
-        drawn["errors"] = lambda: (figures.error_shares(layers), None)
     plots = {}
-    for kind, draw in drawn.items():
+    for kind, draw in figures.ALL.items():
         name = f"{prefix}-{kind}"
         with styled(name):
-            plots[kind] = inline(*_named(draw(), name))
+            drawing = draw(layers)
+            if drawing is not None:
+                plots[kind] = inline(drawing[0], name, drawing[1])
     return plots
-
-
-def _named(drawing, name):
-    figure, hints = drawing
-    return figure, name, hints
 
 
 def _method(recipe):

@@ -62,7 +62,8 @@ class Report:
         """One self-contained page: styles, script and plots inside, nothing fetched from anywhere.
 
         The same report gives the same bytes with the same versions of matplotlib and Jinja. Plots are SVG by
-        matplotlib: this page is 20 to 40 times smaller than one with plotly, whose script alone takes 4.8 MB.
+        matplotlib: pages of 37 and of 560 layers came to 0.15 and 0.7 MB, where the script that plotly puts into a
+        page takes 4.8 MB before the first plot.
 
         Raises:
             ImportError: matplotlib or Jinja is not installed.

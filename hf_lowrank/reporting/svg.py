@@ -46,50 +46,46 @@ def styled(name):
 
     Args:
         name (`str`): of the figure; identifiers that drawing makes up depend on it alone.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import style
-    except ImportError as error:
-        raise ImportError(
-            "The plots of a report need matplotlib, which is not installed: `pip install 'hf-lowrank[report]'`."
-        ) from error
+    from matplotlib import style
+
     with style.context({**SETTINGS, "svg.hashsalt": name}, after_reset=True):
         yield
 
 
-def inline(figure, name, hints=None):
+def inline(figure, name, hints):
     """The SVG element of a matplotlib `figure`, made while [`styled`] is open.
 
     Args:
         figure (`matplotlib.figure.Figure`): what to draw.
         name (`str`): one word that no other figure of the page has.
-        hints (`dict[str, str]`, *optional*): texts to show when the pointer rests on an artist, by its `gid`.
+        hints (`dict[str, str]`): texts to show when the pointer rests on an artist, by its `gid`.
     """
     file = io.StringIO()
     # Neither the date nor the version, so that the same data give the same text.
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-    # The page knows these namespaces.
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    # Two digits behind the point are a thirtieth of a pixel; labels keep all of theirs.
-    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
+    # A style sheet in one plot would hold for the whole page, which has one.
+    unwanted = r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->"
+    text = re.sub(unwanted, "", text[text.index("<svg") :], flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', text))
-    text = re.sub(r'<g id="([^"]*)">', lambda found: _group(found[1], used, hints or {}), text)
-    text = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
-    text = re.sub(r'(url\(|href=")#', rf"\1#{name}-", text)
-    text = text.replace("font: ", "font-size: ").replace("px 'DejaVu Sans'", "px")
-    for colour, variable in COLOURS.items():
-        text = text.replace(colour, f"var({variable})")
+    # Only tags change; in texts and attributes, < and > are escaped.
+    text = re.sub(r"<[^>]*>", lambda tag: _tag(tag[0], name, used, hints), text)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 
 
-def _group(name, used, hints):
-    if name in hints:
-        return f"<g><title>{escape(hints[name])}</title>"
-    return f'<g id="{name}">' if name in used else "<g>"
+def _tag(tag, name, used, hints):
+    """A tag as the page wants it, and the title of the artist it begins."""
+    artist = re.match(r'<g id="([^"]*)"', tag)
+    # The page knows these namespaces.
+    tag = re.sub(r' xmlns(:\w+)?="[^"]*"', "", tag).replace("xlink:href", "href")
+    if tag.startswith("<svg"):
+        tag = re.sub(r' (width|height)="[^"]*"', "", tag)
+    # Two digits behind the point are a thirtieth of a pixel.
+    tag = re.sub(r"(\d\.\d\d)\d+", r"\1", tag)
+    tag = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", tag)
+    tag = re.sub(r'(url\(|href=")#', rf"\1#{name}-", tag)
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)
+    for colour, variable in COLOURS.items():
+        tag = tag.replace(colour, f"var({variable})")
+    return f"{tag}<title>{escape(hints[artist[1]])}</title>" if artist and artist[1] in hints else tag

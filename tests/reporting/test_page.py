@@ -61,6 +61,7 @@ def test_names_of_modules_and_models_are_escaped():
     block = nn.Module()
     block.add_module("<script>alert(1)</script>", nn.Linear(30, 30))
     block.add_module("$\\frac{1}{2}$ & <b>", nn.Linear(30, 30))
+    block.add_module("font: #010101 url(#a)", nn.Linear(30, 30))
     model = nn.Module()
     model.add_module("blocks<b>", nn.ModuleList([block]))
     found = report(factorize(model, LowRankConfig(method="svd", param_ratio=0.5)))
@@ -69,6 +70,7 @@ def test_names_of_modules_and_models_are_escaped():
     assert [tag for tag, _ in parsed.tags].count("script") == 1
     assert "".join(parsed.texts).count("<script>alert(1)</script>") >= 4, "in plots, hints and tables"
     assert "".join(parsed.texts).count("$\\frac{1}{2}$ & <b>") >= 4, "not as a formula"
+    assert "".join(parsed.texts).count("font: #010101 url(#a)") >= 4, "not as a style"
     assert f"{HOSTILE}, factorized" in parsed.texts
 
 
@@ -86,7 +88,8 @@ def test_colours_of_plots_are_those_of_the_page(page):
     for plot in plots:
         assert "var(--" in plot
         assert not any(colour in plot for colour in (*COLOURS, "#000000"))
-        assert "<metadata" not in plot
+        for unwanted in ("<metadata", "<style", "font-family"):
+            assert unwanted not in plot
 
 
 def test_every_cell_of_the_heat_map_says_what_it_is(full, page):
