@@ -22,7 +22,7 @@ from .errors import (
     TargetError,
     UnknownNameError,
 )
-from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
+from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
 from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
 from .integrations import (
     Calibration,
@@ -40,7 +40,7 @@ from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .passes import fold_order
 from .recipe import Recipe
-from .reporting import Summary, summary
+from .reporting import Report, Sample, Summary, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
 from .truncate import truncate
 
@@ -78,7 +78,9 @@ __all__ = [
     "Probe",
     "RankError",
     "Recipe",
+    "Report",
     "ResourceError",
+    "Sample",
     "SharedBasisLinear",
     "Statistic",
     "Statistics",
@@ -96,8 +98,10 @@ __all__ = [
     "register_format",
     "register_method",
     "register_statistic",
+    "report",
     "residual_adapter",
     "summary",
+    "text_samples",
     "to_dense",
     "train_only",
     "truncate",

@@ -89,6 +89,20 @@ def test_the_code_in_a_card_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.real
+def test_report(tmp_path):
+    if not (setups.CACHE / "all-minilm-l6-v2").is_dir():
+        pytest.skip("the model is not in the cache; `make test` fetches it")
+    done = run(sys.executable, "examples/report.py", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert len(saved["layers"]) == 6 * 6 + 1
+    assert 0.58 < saved["budget"]["reached"] <= 0.6
+    # Data-free, the recorded error is that of the weight.
+    assert all(abs(layer["weight_error"] - layer["relative_error"]) < 1e-5 for layer in saved["layers"])
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+
+
 def test_commands_in_the_readmes_name_files_that_exist():
     documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
     for readme in documents:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import StatisticsError
+from ..parts import writing
 from .base import STATISTICS
 from .push import push_statistics
 
@@ -86,13 +87,8 @@ class Statistics:
     def save(self, path):
         """Write everything to one safetensors file; the file appears only when it is complete."""
         header = {"format": FORMAT, "version": VERSION, "leaders": self.leaders, "provenance": self.provenance}
-        partial = f"{os.fspath(path)}.partial"
-        try:
+        with writing(path) as partial:
             _write(partial, self._shapes, self._read, {"hf_lowrank": json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
 
     def push_to_hub(
         self,

@@ -7,7 +7,7 @@ import torch
 
 from hf_lowrank import ConfigError, EvaluationError, LowRankConfig, PerplexityTask, evaluate, factorize, summary
 from hf_lowrank.evaluation import PRESETS, size_of
-from hf_lowrank.evaluation.provenance import command
+from hf_lowrank.provenance import command
 from hf_lowrank.testing import tiny_model
 
 

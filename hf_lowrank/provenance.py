@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..versions import versions
+from .versions import versions
 
 
 # What a token of the Hub looks like.
@@ -36,16 +36,21 @@ def command():
 
 
 def describe(model):
-    """JSON that says which model this is and, where it is known, how it was made."""
+    """JSON that says which model this is and, where it is known, how it was made; `model` may be any module."""
     path = getattr(model, "name_or_path", "")
+    dtypes = (p.dtype for p in model.parameters() if p.is_floating_point())
     described = {
         # Of a folder, its name: where it lies says nothing to anyone else.
         "name": Path(path).name if os.path.isdir(path) else path,
         "class": type(model).__name__,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(next(dtypes, None)).removeprefix("torch."),
     }
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization = next(filter(None, map(_quantization, model.modules())), None)
     if quantization is not None:
         plain = quantization if isinstance(quantization, dict) else quantization.to_dict()
         described["quantization"] = {key: plain[key] for key in ("quant_method", "recipe") if key in plain}
     return described
+
+
+def _quantization(module):
+    return getattr(getattr(module, "config", None), "quantization_config", None)
