@@ -1,6 +1,6 @@
 """Files that belong beside the package in site-packages, in wheels and in editable installs alike.
 
-hatchling's own `force-include` would move them, and the package imports one of them.
+hatchling's own `force-include` would move them, and the package imports some of them.
 """
 
 import shutil
@@ -10,11 +10,12 @@ from pathlib import Path
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-# The start-up hook, and the command that optimum-cli finds.
+# The start-up hook, optimum-cli's command, and what vLLM imports without importing the package.
 BESIDE = {
     "hf_lowrank/integrations/autoload.py": "_hf_lowrank_autoload.py",
     "hf_lowrank/integrations/autoload.pth": "_hf_lowrank_autoload.pth",
     "hf_lowrank/cli/optimum_register.py": "optimum/commands/register/register_hf_lowrank.py",
+    "hf_lowrank/integrations/vllm": "_hf_lowrank_vllm",
 }
 
 
@@ -25,8 +26,8 @@ class CopyBeside(BuildHookInterface):
         """Copy the files and name the copies."""
         self.folder = Path(tempfile.mkdtemp(prefix="hf_lowrank_"))
         for source, target in BESIDE.items():
-            copy = self.folder / Path(target).name
-            shutil.copy(Path(self.root, source), copy)
+            source, copy = Path(self.root, source), self.folder / Path(target).name
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
             build_data["force_include"][str(copy)] = target
 
     def finalize(self, version, build_data, artifact_path):

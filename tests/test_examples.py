@@ -90,7 +90,8 @@ def test_the_code_in_a_card_runs(name, tmp_path):
 
 
 def test_commands_in_the_readmes_name_files_that_exist():
-    for readme in ("README.md", "CONTRIBUTING.md", "examples/README.md"):
+    documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for readme in documents:
         text = (ROOT / readme).read_text(encoding="utf-8")
         for path in re.findall(r"(?:examples|tests)/[\w/]+\.py", text):
             assert (ROOT / path).exists(), f"{readme} names {path}"
@@ -101,7 +102,7 @@ def test_commands_in_the_readmes_name_files_that_exist():
 def test_the_method_table_is_complete():
     import hf_lowrank
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for name in hf_lowrank.METHODS.names():
         assert f"| `{name}` |" in text
 

@@ -33,7 +33,7 @@ def test_a_wheel(tmp_path):
         file.extractall(tmp_path / "installed")
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_lowrank").rglob("*.py")}
     assert sources <= names
-    assert {"_hf_lowrank_autoload.py", "_hf_lowrank_autoload.pth"} <= names
+    assert {"_hf_lowrank_autoload.py", "_hf_lowrank_autoload.pth", "_hf_lowrank_vllm/method.py"} <= names
     assert "optimum/commands/register/register_hf_lowrank.py" in names
     checkpoint = str(ROOT / "tests" / "checkpoints" / "low_rank_v1")
     done = run_without((), USE.format(installed=str(tmp_path / "installed"), checkpoint=checkpoint), PYTHONPATH="")
