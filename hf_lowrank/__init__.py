@@ -102,7 +102,7 @@ __all__ = [
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("MixedRankCallback", "MixedRankTrainer")
+NEED_TRAINER = ("FirstOrderPruningCallback", "MixedRankCallback", "MixedRankTrainer")
 
 register_tuners()
 

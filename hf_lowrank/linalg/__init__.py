@@ -3,6 +3,7 @@
 from .blocks import times
 from .pivoting import row_basis
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
+from .selection import largest
 from .svd import balanced, require_finite, singular_energies, truncated_svd
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
@@ -13,6 +14,7 @@ __all__ = [
     "band_names",
     "band_sizes",
     "column_weighted",
+    "largest",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
