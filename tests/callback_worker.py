@@ -40,7 +40,8 @@ def make(folder, *callbacks, model=None, **options):
     """A Trainer of a tiny language model."""
     model = tiny_model("llama")[0] if model is None else model
     arguments = TrainingArguments(str(folder), **(DEFAULTS | options))
-    return Trainer(model, arguments, train_dataset=examples(), callbacks=list(callbacks))
+    data = {"train_dataset": examples(), "eval_dataset": examples(4)}
+    return Trainer(model, arguments, callbacks=list(callbacks), **data)
 
 
 def main(folder, name, options, kill=-1, resume=False, **arguments):
