@@ -39,7 +39,7 @@ from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .passes import fold_order
 from .recipe import Recipe
-from .reporting import Summary, summary
+from .reporting import RankProfile, Summary, rank_profile, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
 from .truncate import truncate
 
@@ -76,6 +76,7 @@ __all__ = [
     "PivotedLinear",
     "Probe",
     "RankError",
+    "RankProfile",
     "Recipe",
     "ResourceError",
     "SharedBasisLinear",
@@ -90,6 +91,7 @@ __all__ = [
     "factorize",
     "fold_order",
     "measure_latencies",
+    "rank_profile",
     "register_allocator",
     "register_format",
     "register_method",
