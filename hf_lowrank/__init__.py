@@ -104,7 +104,7 @@ __all__ = [
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("FirstOrderPruningCallback", "MixedRankCallback", "MixedRankTrainer")
+NEED_TRAINER = ("FirstOrderPruningCallback", "MixedRankCallback", "MixedRankTrainer", "TrainedRankPruningCallback")
 
 register_tuners()
 

@@ -2,6 +2,7 @@
 
 from .blocks import times
 from .pivoting import row_basis
+from .projection import energy_rank, low_rank_projection
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
 from .selection import largest
 from .svd import balanced, require_finite, singular_energies, truncated_svd
@@ -14,7 +15,9 @@ __all__ = [
     "band_names",
     "band_sizes",
     "column_weighted",
+    "energy_rank",
     "largest",
+    "low_rank_projection",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",

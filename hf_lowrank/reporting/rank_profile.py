@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..errors import ConfigError
-from ..linalg import require_finite
+from ..linalg import energy_rank, require_finite
 from ..surgery import match_sites
 from ._table import aligned
 
@@ -113,14 +113,12 @@ def rank_profile(model, energy=0.9, target_modules="all-linear", exclude_modules
 
 def _of_matrix(name, matrix, energy):
     values = torch.linalg.svdvals(matrix.double())
-    squares = values.square()
-    kept, present = squares.cumsum(0), matrix != 0
+    squares, present = values.square(), matrix != 0
     return MatrixRank(
         name,
         *matrix.shape,
         rank=int((values > torch.finfo(matrix.dtype).eps * squares.sum().sqrt()).sum()),
-        # Of the zero matrix no rank keeps anything.
-        energy_rank=int((kept < energy * kept[-1]).sum()) + 1 if kept[-1] > 0 else 0,
+        energy_rank=energy_rank(squares, energy),
         zero_rows=int((~present.any(1)).sum()),
         zero_columns=int((~present.any(0)).sum()),
         nonzero=float(present.double().mean()),
