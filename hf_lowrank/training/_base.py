@@ -195,6 +195,12 @@ def check_number(name, value, low, high=math.inf, open_low=False):
         raise ConfigError(f"`{name}`={value!r} must be a number {bounds}.")
 
 
+def check_boolean(name, value):
+    """Refuse an option that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"`{name}`={value!r} must be True or False.")
+
+
 def check_integer(name, value, least):
     """Refuse an option that is no integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -9,6 +9,7 @@ from ..surgery import all_sites
 from ._base import (
     WeightCallback,
     add_site_buffer,
+    check_boolean,
     check_integer,
     check_number,
     remove_buffers,
@@ -28,9 +29,10 @@ class FirstOrderPruningCallback(WeightCallback):
         M = the v(t) n largest scores of n,    v(t) = v_f + (v_i - v_f) (1 - (t - t_i) / (t_f - t_i))^3,
         movement: S += -W * dW,    taylor: S = decay S + (1 - decay) |W * dW|,    magnitude: S = |W|
 
-    v is v_i up to the end of the warm-up t_i, and v_f from the beginning of the cool-down t_f on, in which weights may
-    still take the place of others. Gradients are those that the optimizer gets: summed over micro-batches, averaged
-    over processes, clipped. Weights that are masked go on being trained, so that they can come back.
+    M is made after every step; the first one sees all weights. v is v_i up to the end of the warm-up t_i, and v_f from
+    the beginning of the cool-down t_f on, in which weights may still take the place of others. Gradients are those that
+    the optimizer gets: summed over micro-batches, averaged over processes, clipped. Weights that are masked go on being
+    trained, so that they can come back.
 
     Between the optimizer's steps the parameters hold W * M: that is what the forward and backward passes, evaluation
     and checkpoints see, without any module being replaced or wrapped. A buffer holds W, which takes the parameter's
@@ -98,6 +100,7 @@ class FirstOrderPruningCallback(WeightCallback):
         for name, value in (("warmup_steps", warmup_steps), ("cooldown_steps", cooldown_steps)):
             if value is not None:
                 check_integer(name, value, 0)
+        check_boolean("keep_scores", keep_scores)
         self.score = score
         self.keep_fraction = keep_fraction
         self.initial_keep_fraction = initial_keep_fraction
@@ -221,7 +224,7 @@ class FirstOrderPruningCallback(WeightCallback):
         tensors = {}
         for site in all_sites(model):
             found = {name: self._get(model, site, name) for name in ("importance_columns", "importance_rows")}
-            if None not in found.values():
+            if all(tensor is not None for tensor in found.values()):
                 tensors[site.name] = {name: tensor.cpu() for name, tensor in found.items()}
         if not tensors:
             raise ConfigError(

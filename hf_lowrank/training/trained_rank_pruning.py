@@ -14,6 +14,7 @@ from ..surgery import all_sites
 from ._base import (
     WeightCallback,
     add_site_buffer,
+    check_boolean,
     check_integer,
     check_number,
     remove_buffers,
@@ -92,6 +93,7 @@ class TrainedRankPruningCallback(WeightCallback):
                 check_number(name, value, 0, 1, open_low=True)
         check_integer("period", period, 1)
         check_number("nuclear_weight", nuclear_weight, 0)
+        check_boolean("factorize_at_end", factorize_at_end)
         if nuclear_mode not in MODES:
             raise ConfigError(f"`nuclear_mode`={nuclear_mode!r} must be one of {list(MODES)}.")
         self.energy = 0.98 if energy is None and param_ratio is None else energy

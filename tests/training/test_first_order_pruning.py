@@ -308,6 +308,7 @@ def test_scores_become_statistics(tmp_path, architecture):
         ({"warmup_fraction": -0.1}, r"`warmup_fraction`=-0.1 must be a number in \[0, 1\]"),
         ({"cooldown_steps": 1.5}, "`cooldown_steps`=1.5 must be an integer of at least 0"),
         ({"decay": 1}, "`decay`=1 would never look"),
+        ({"keep_scores": "yes"}, "`keep_scores`='yes' must be True or False"),
     ],
 )
 def test_options_are_checked(options, match):
