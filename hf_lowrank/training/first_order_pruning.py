@@ -29,10 +29,10 @@ class FirstOrderPruningCallback(WeightCallback):
         M = the v(t) n largest scores of n,    v(t) = v_f + (v_i - v_f) (1 - (t - t_i) / (t_f - t_i))^3,
         movement: S += -W * dW,    taylor: S = decay S + (1 - decay) |W * dW|,    magnitude: S = |W|
 
-    M is made after every step; the first one sees all weights. v is v_i up to the end of the warm-up t_i, and v_f from
-    the beginning of the cool-down t_f on, in which weights may still take the place of others. Gradients are those that
-    the optimizer gets: summed over micro-batches, averaged over processes, clipped. Weights that are masked go on being
-    trained, so that they can come back.
+    M is made after every step; the first one sees all weights. v is v_i up to the end of the warm-up t_i, and v_f
+    from the beginning of the cool-down t_f on, in which weights may still take the place of others. Gradients are
+    those that the optimizer gets: summed over micro-batches, averaged over processes, clipped. Weights that are
+    masked go on being trained, so that they can come back.
 
     Between the optimizer's steps the parameters hold W * M: that is what the forward and backward passes, evaluation
     and checkpoints see, without any module being replaced or wrapped. A buffer holds W, which takes the parameter's
