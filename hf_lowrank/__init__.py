@@ -40,7 +40,7 @@ from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .passes import fold_order
 from .recipe import Recipe
-from .reporting import Report, Sample, Summary, report, summary
+from .reporting import RankProfile, Report, Sample, Summary, rank_profile, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
 from .truncate import truncate
 
@@ -77,6 +77,7 @@ __all__ = [
     "PivotedLinear",
     "Probe",
     "RankError",
+    "RankProfile",
     "Recipe",
     "Report",
     "ResourceError",
@@ -94,6 +95,7 @@ __all__ = [
     "fold_order",
     "measure_latencies",
     "model_card",
+    "rank_profile",
     "register_allocator",
     "register_format",
     "register_method",
@@ -108,7 +110,7 @@ __all__ = [
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("MixedRankCallback", "MixedRankTrainer")
+NEED_TRAINER = ("FirstOrderPruningCallback", "MixedRankCallback", "MixedRankTrainer", "TrainedRankPruningCallback")
 
 register_tuners()
 

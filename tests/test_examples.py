@@ -15,7 +15,7 @@ from hub import Hub
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, cards, quality, setups, table  # noqa: E402
+from benchmarks import adapters, cards, quality, runs, setups, table, training  # noqa: E402
 
 
 def run(*command, **environment):
@@ -213,3 +213,67 @@ def test_quality(tmp_path):
     linears = results["dense"]["size"]["linear_parameters"]
     assert results["int4"]["size"]["linear_bytes"] == linears / 2 + linears / 64 * 4
     assert "there already" in run(*command, *sizes).stdout
+
+
+@pytest.mark.parametrize("recovery", ["mixed", "plain"])
+def test_lpaf(recovery):
+    pytest.importorskip("peft", reason="peft is not installed")
+    done = run(sys.executable, "examples/lpaf.py", "--smoke", "--recovery", recovery)
+    assert done.returncode == 0, done.stderr
+    assert "12 matrices: rank" in done.stdout
+    assert "the same: True" in done.stdout
+    pruned, factorized, again = (float(found) for found in re.findall(r"accuracy (\d\.\d+)", done.stdout))
+    assert min(pruned, factorized) > 0.9, "half of the sentences are of either class"
+    assert again == factorized
+
+
+def test_pruning_ranks():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = run(sys.executable, "examples/benchmarks/pruning_ranks.py", "--smoke", "--seeds", "1", "--steps", "10")
+    assert done.returncode == 0, done.stderr
+    ranks = {kind: float(rank) for kind, rank in re.findall(r"^(\w+ \S+) seed 0: rank ([\d.]+)", done.stdout, re.M)}
+    assert len(ranks) == 7
+    assert ranks["magnitude 0.1"] == ranks["none 1"] == 1
+    assert ranks["taylor 0.1"] < ranks["movement 0.1"] < 0.95
+    assert int(re.search(r"drawn: (\d+) bytes", done.stdout)[1]) > 10_000
+
+
+def test_training_methods_end_at_one_size():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
+    sizes = ["--seeds", "1", "--steps", "8", "--ratios", "0.25"]
+    done = run(sys.executable, "examples/benchmarks/training.py", "--smoke", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = {cells[2]: cells for line in done.stdout.splitlines() if len(cells := line.split(" | ")) == 8}
+    assert {"dense", "svd", "fwsvd", "lpaf", "trp"} <= set(rows)
+    # Rank 8 of 64 x 64, 9 of 96 x 64, twice: floor(0.25 mn / (m + n)).
+    assert {rows[name][4] for name in ("svd", "fwsvd", "lpaf", "trp")} == {str(2 * (4 * 8 * 128 + 2 * 9 * 160))}
+
+
+def test_results_are_filled_run_by_run(tmp_path):
+    path = tmp_path / "new" / "sst2-0.5.json"
+    found = runs.opened(path, {"task": "sst2", "steps": 8}, metric="accuracy")
+    found["runs"]["svd"] = {"0": {"score": 0.5, "parameters": 7}}
+    runs.write(path, found)
+    assert runs.opened(path, {"task": "sst2", "steps": 8}) == found
+    assert [each.name for each in path.parent.iterdir()] == ["sst2-0.5.json"]
+    with pytest.raises(SystemExit, match=r"measured otherwise \({'steps': 8}\); remove it"):
+        runs.opened(path, {"task": "sst2", "steps": 9})
+
+
+def test_the_table_and_the_figure_of_training(tmp_path):
+    def results(*scores):
+        return {str(seed): {"score": score, "parameters": 7} for seed, score in enumerate(scores)}
+
+    for ratio in (0.25, 0.5):
+        found = {"task": "sst2", "ratio": ratio, "metric": "accuracy", "runs": {"dense": {"0": {"score": 0.9}}}}
+        found["runs"] |= {"fwsvd": results(0.80, 0.82, 0.81), "lpaf": results(0.90, 0.92, 0.912)}
+        (tmp_path / f"sst2-{ratio:g}.json").write_text(json.dumps(found))
+    lines = training.table(tmp_path).splitlines()[2:]
+    assert [line.split(" | ")[1:3] for line in lines] == [
+        ["1", "dense"], ["0.5", "fwsvd"], ["0.5", "lpaf"], ["0.25", "fwsvd"], ["0.25", "lpaf"]
+    ]  # fmt: skip
+    assert "+0.101 ± 0.0029" in lines[2]
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    training.draw(tmp_path, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -14,10 +14,8 @@ writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of REA
 
 import argparse
 import json
-import math
 import os
 import re
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -27,34 +25,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import peft
 import torch
-from scipy import stats
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    DataCollatorWithPadding,
     Trainer,
-    TrainingArguments,
     default_data_collator,
     logging,
     set_seed,
 )
 
 from benchmarks import setups
+from benchmarks.runs import cells, opened, write
 from benchmarks.table import ROOT, into_readme
+from benchmarks.tasks import DATA, GLUE, INSIDE, Classification, read, train
 from hf_lowrank import LowRankConfig, MixedRankConfig, WaraConfig, evaluation, factorize
 from hf_lowrank.training import MixedRankCallback, MixedRankTrainer
 
 
 RESULTS = Path(__file__).parent / "results" / "adapters"
-DATA = Path(os.environ.get("HF_LOWRANK_DATA", "../shared/data"))
-GLUE = {"sst2": ("sentence", None), "mrpc": ("sentence1", "sentence2"), "rte": ("sentence1", "sentence2")}
 LANGUAGE = "wikipedia"
-RANK, LENGTH, BATCH = 8, 96, 32
+RANK = 8
 WINDOW, WINDOWS = 256, 2
-# Every linear of the repeated blocks.
-INSIDE = r".*\.layers?\.\d+\..*\.(query|key|value|dense|[qkvo]_proj|gate_proj|up_proj|down_proj)"
 
 
 def targets(model):
@@ -89,58 +82,22 @@ ADAPTERS = {
 }
 
 
-def read(path):
-    """The rows of a JSON-lines file."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-class Classification:
+class Sentences(Classification):
     """One GLUE task on MiniLM."""
 
-    metric, better = "accuracy", "higher"
+    common = {"target_modules": INSIDE, "modules_to_save": ["classifier"]}
 
     def __init__(self, name, data):
-        self.where = str(setups.minilm())
-        self.tokenizer = AutoTokenizer.from_pretrained(self.where)
-        self.train, self.validation = (
-            [self._encoded(row, GLUE[name]) for row in read(data / "glue" / name / f"{part}.jsonl")]
-            for part in ("train", "validation")
-        )
-        self.collator = DataCollatorWithPadding(self.tokenizer)
-        self.batch = BATCH if GLUE[name][1] is None else BATCH // 2
-
-    def _encoded(self, row, keys):
-        sentences = [row[key] for key in keys if key is not None]
-        return {**self.tokenizer(*sentences, truncation=True, max_length=LENGTH), "labels": row["label"]}
+        super().__init__(name, data, batch=32 if GLUE[name][1] is None else 16)
 
     def factorized(self, ratio, folder):
         """Save the factorized encoder, calibrated on unlabelled training sentences."""
-        rows = [{k: v for k, v in row.items() if k != "labels"} for row in self.train[:512]]
-        batches = [dict(self.collator(rows[i : i + BATCH])) for i in range(0, len(rows), BATCH)]
-        model = AutoModel.from_pretrained(self.where)
+        model, batches = AutoModel.from_pretrained(self.where), self.batches(512, self.batch, labels=False)
         factorize(model, LowRankConfig(param_ratio=ratio), calibration=batches).save_pretrained(folder)
 
     def load(self, folder):
         """The model that is trained; its classifier is new."""
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
-
-    def dense(self):
-        """The model that mixed rank starts from."""
-        return AutoModelForSequenceClassification.from_pretrained(self.where, num_labels=2)
-
-    common = {"target_modules": INSIDE, "modules_to_save": ["classifier"]}
-
-    @torch.no_grad()
-    def score(self, model):
-        """Accuracy on the whole validation set."""
-        model.eval()
-        rows = sorted(self.validation, key=lambda row: len(row["input_ids"]))
-        right = 0
-        for start in range(0, len(rows), 2 * BATCH):
-            batch = self.collator(rows[start : start + 2 * BATCH])
-            labels = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(-1) == labels).sum())
-        return right / len(rows)
 
 
 class Language:
@@ -181,28 +138,6 @@ class Language:
         return evaluation.perplexity(model.eval(), self.validation, window=512, windows=8).perplexity
 
 
-def train(task, model, rate, seed, steps, folder, mixed):
-    """Run `steps` batches in the order that `seed` gives."""
-    arguments = TrainingArguments(
-        output_dir=folder,
-        max_steps=steps,
-        per_device_train_batch_size=task.batch,
-        learning_rate=rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, steps // 10),
-        weight_decay=0.0,
-        seed=seed,
-        data_seed=seed,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    kind, callbacks = (MixedRankTrainer, [MixedRankCallback()]) if mixed else (Trainer, [])
-    kind(model, arguments, train_dataset=task.train, data_collator=task.collator, callbacks=callbacks).train()
-
-
 def one_run(task, folder, ratio, name, seed, steps, scratch):
     """`{"score", "parameters"}` of one adapter under one seed."""
     make, rate = ADAPTERS[name]
@@ -213,18 +148,17 @@ def one_run(task, folder, ratio, name, seed, steps, scratch):
     model = peft.get_peft_model(model, config)
     trainable = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     set_seed(seed)
-    train(task, model, rate, seed, steps, scratch, mixed=make is None)
+    kind, callbacks = (MixedRankTrainer, [MixedRankCallback()]) if make is None else (Trainer, [])
+    train(task, model, rate, seed, steps, scratch, kind, callbacks)
     return {"score": task.score(model), "parameters": trainable}
 
 
 def measure(name, ratio, adapters, seeds, steps, data):
     """Fill in the runs that results/adapters/<name>-<ratio>.json lacks."""
     path = RESULTS / f"{name}-{ratio:g}.json"
-    task = (Language if name == LANGUAGE else Classification)(name, data)
+    task = (Language if name == LANGUAGE else Sentences)(name, data)
     facts = {"task": name, "ratio": ratio, "steps": steps, "batch": task.batch, "metric": task.metric}
-    found = json.loads(path.read_text()) if path.exists() else {**facts, "better": task.better, "runs": {}}
-    if any(found[key] != value for key, value in facts.items()):
-        raise SystemExit(f"{path} was measured otherwise ({found['steps']} steps); remove it to measure again.")
+    found = opened(path, facts, better=task.better)
     wanted = [(seed, a) for seed in range(seeds) for a in adapters if str(seed) not in found["runs"].get(a, {})]
     if not wanted:
         return
@@ -240,24 +174,6 @@ def measure(name, ratio, adapters, seeds, steps, data):
             print(f"{name} {ratio:g} {adapter} {seed}: {run['score']:.4g}", flush=True)
 
 
-def write(path, found):
-    """Replace a result file in one go."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial, path)
-
-
-def compared(runs, baseline):
-    """`(mean difference, half width of its 95 % interval)` over the seeds both have; `None` with fewer than two."""
-    both = sorted(runs.keys() & baseline.keys())
-    if len(both) < 2:
-        return None
-    differences = [runs[seed]["score"] - baseline[seed]["score"] for seed in both]
-    spread = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * spread
-
-
 def table(folder=RESULTS):
     """Markdown: mean and deviation over seeds, and the paired difference from LoRA with its 95 % interval."""
     lines = ["| task | kept | adapter | seeds | parameters | mean | deviation | minus LoRA |"]
@@ -266,17 +182,11 @@ def table(folder=RESULTS):
         found = json.loads(path.read_text())
         baseline = found["runs"].get("lora", {})
         for name, runs in found["runs"].items():
-            scores = [run["score"] for run in runs.values()]
-            deviation = f"{statistics.stdev(scores):.3g}" if len(scores) > 1 else ""
-            difference = None if name == "lora" else compared(runs, baseline)
-            said = ""
-            if difference is not None:
-                mean, half = difference
-                said = f"{mean:+.3g} ± {half:.2g}" + (" (no difference shown)" if abs(mean) <= half else "")
+            seeds, mean, deviation, difference = cells(runs, baseline)
             parameters = next(iter(runs.values()))["parameters"]
             lines.append(
-                f"| {found['task']} ({found['metric']}) | {found['ratio']:g} | {name} | {len(scores)} | {parameters} "
-                f"| {statistics.mean(scores):.4g} | {deviation} | {said} |"
+                f"| {found['task']} ({found['metric']}) | {found['ratio']:g} | {name} | {seeds} | {parameters} "
+                f"| {mean} | {deviation} | {difference} |"
             )
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
 from .densify import detach, multiply_out
-from .planning import collect_for, gather, informed_plan
+from .planning import collect_for, gather, informed_plan, refuse_uncollectable
 from .progress import Progress
 from .quantizer import LowRankQuantizer, attach
 from .refining import refined
@@ -179,6 +179,7 @@ def collect_statistics(
     recipe = Recipe(method=method, target_modules=target_modules, exclude_modules=exclude_modules, seed=seed)
     if not recipe.needs_statistics:
         raise CalibrationError(f"`method`={recipe.method.name!r} needs no statistics.")
+    refuse_uncollectable(recipe)
     sites = match_sites(model, target_modules, exclude_modules)
     return collect_for(model, sites, recipe, as_calibration(calibration), _tokenizer_for(model, tokenizer))
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from ..formats import FORMATS
 from ..surgery import factorized, specs
+from ._table import aligned
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,7 @@ class Summary:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        return "\n".join([*(line.rstrip() for line in lines), self.line])
+        return "\n".join([*aligned(cells), self.line])
 
 
 def summary(model):

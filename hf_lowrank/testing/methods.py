@@ -36,6 +36,9 @@ def make_statistics(method, rows, columns, tokens=None):
         "input_mean": lambda: inputs.mean(0),
         "input_covariance": lambda: inputs.T.cov(),
         "fisher_columns": lambda: gradients.square().sum(0),
+        "fisher_rows": lambda: make_inputs(rows, tokens, seed=2).square().sum(0),
+        "importance_columns": lambda: gradients.clamp(min=0).sum(0),
+        "importance_rows": lambda: make_inputs(rows, tokens, seed=2).clamp(min=0).sum(0),
     }
     unknown = set(method.statistics) - set(makers)
     assert not unknown, f"hf_lowrank.testing cannot make {unknown}; extend make_statistics"

@@ -7,9 +7,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ..checks import is_integer, is_number
-from ..draws import draw, refuse_sharded, two_branch_layers
+from ..draws import draw, two_branch_layers
 from ..errors import ConfigError, TargetError
 from ..refine.distillation import logit_loss
+from ..sharding import refuse_sharded
 
 
 class MixedRankCallback(TrainerCallback, ExportableState):
