@@ -4,7 +4,8 @@
 
 Writes results/quality/<variant>.json for every variant that has none yet; `table.py` makes a table of them. A variant
 is `dense`, `int8`, `int4`, or `<method>-<param_ratio>[-<calibration>]` with calibration `self` or `wikipedia`; any
-other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`.
+other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`, with those of
+`Calibration` where it has more than a name.
 
 Factors are computed from float32 weights; every variant is stored and measured in bfloat16. Where the model comes out
 of 4-bit weights in groups of 32, quantizing to 4 bits in the same groups loses nothing, so `int4` has groups of 64.
@@ -15,6 +16,7 @@ import gc
 import json
 import os
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import setups
-from hf_lowrank import LowRankConfig, PerplexityTask, collect_statistics, evaluate, factorize
+from hf_lowrank import Calibration, LowRankConfig, PerplexityTask, collect_statistics, evaluate, factorize
 from hf_lowrank.evaluation import size_of
 from hf_lowrank.surgery import match_sites
 
@@ -79,27 +81,32 @@ class Maker:
                 size, made = self.quantize(model, name)
                 record = {**made, "seconds": {"load": seconds, **made["seconds"]}}
             return model, size, record
-        config = LowRankConfig(**config)
+        calibration = self.calibration(config.get("calibration", "self"))
+        config = LowRankConfig(**{**config, "calibration": calibration})
         seconds = {}
         seconds["load"], model = timed(lambda: self.load(torch.float32))
-        statistics = None
-        if config.needs_statistics:
-            seconds["calibration"], statistics = self.statistics(model, config)
-        seconds["factorize"], model = timed(lambda: factorize(model, config, calibration=statistics))
+        # What compares the two models takes the data itself, and its seconds are counted with the factorization.
+        if config.needs_statistics and not config.compares:
+            seconds["calibration"], calibration = self.statistics(model, config)
+        seconds["factorize"], model = timed(lambda: factorize(model, config, calibration, self.tokenizer))
         model = model.to(torch.bfloat16)
         return model, size_of(model), {"seconds": seconds, "seed": config.seed}
 
+    def calibration(self, given):
+        """A [`Calibration`] from a name or a dict of its arguments; files are those in the folder of data."""
+        calibration = Calibration(**given) if isinstance(given, dict) else Calibration(given)
+        if calibration.data.endswith((".jsonl", ".txt", ".safetensors")):
+            return replace(calibration, data=str(self.data / calibration.data))
+        return calibration
+
     def statistics(self, model, config):
         """`(seconds, statistics)`; the seconds are those of the run that collected them."""
-        calibration = config.calibration
-        if isinstance(calibration, str) and calibration.endswith((".jsonl", ".txt", ".safetensors")):
-            calibration = str(self.data / calibration)
-        key = (json.dumps(config.to_json()["method"]), str(calibration), config.seed)
+        key = (json.dumps(config.to_json()["method"]), str(config.calibration), config.seed)
         if self.collected[0] != key:
             self.collected = (None, None)
             gc.collect()
             options = {"tokenizer": self.tokenizer, "method": config.method, "seed": config.seed}
-            self.collected = (key, timed(lambda: collect_statistics(model, calibration, **options)))
+            self.collected = (key, timed(lambda: collect_statistics(model, config.calibration, **options)))
         return self.collected[1]
 
     def quantize(self, model, name):

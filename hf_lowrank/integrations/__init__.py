@@ -9,6 +9,8 @@ from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
 from .guard import install_guard
+from .hub import install_push
+from .model_card import model_card
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
@@ -19,6 +21,7 @@ install_keyword()
 install_guard(QUANT_METHOD)
 install_parallel_plans()
 install_when_imported()
+install_push()
 # Messages go where transformers' go, at the verbosity the user set there.
 logging.getLogger("hf_lowrank").parent = transformers_logging.get_logger("transformers")
 
@@ -30,6 +33,7 @@ __all__ = [
     "conv1d",
     "experts",
     "factorize",
+    "model_card",
     "residual_adapter",
     "to_dense",
     "train_only",

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..checks import is_number
 from ..errors import ConfigError
 from ..linalg import energy_rank, require_finite
 from ..surgery import match_sites
@@ -100,7 +101,7 @@ def rank_profile(model, energy=0.9, target_modules="all-linear", exclude_modules
         TargetError: a pattern that matches no dense linear layer.
         NonFiniteError: a weight holds NaN or infinity.
     """
-    if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+    if not is_number(energy) or not 0 < energy <= 1:
         raise ConfigError(f"`energy`={energy!r} must be in (0, 1]: the share of the squared weight that is kept.")
     rows = []
     for site in match_sites(model, target_modules, exclude_modules):

@@ -10,6 +10,7 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..checks import is_integer, is_number
 from ..errors import CheckpointError, ConfigError, TargetError
 from ..sharding import refuse_fsdp, refuse_sharded
 from ..surgery import match_sites
@@ -189,8 +190,7 @@ def share(tensor):
 
 def check_number(name, value, low, high=math.inf, open_low=False):
     """Refuse an option that is no number in [low, high], or in (low, high] with `open_low`."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or not math.isfinite(value) or (open_low and value == low):
+    if not is_number(value) or not low <= value <= high or (open_low and value == low):
         bounds = f"in {'(' if open_low else '['}{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
         raise ConfigError(f"`{name}`={value!r} must be a number {bounds}.")
 
@@ -203,5 +203,5 @@ def check_boolean(name, value):
 
 def check_integer(name, value, least):
     """Refuse an option that is no integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_integer(value, least):
         raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")
