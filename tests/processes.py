@@ -35,6 +35,20 @@ def run_without(absent, code, **environment):
     return run(head + code, "-S", **environment)
 
 
+def run_script(script, *arguments, processes=1):
+    """A script that trains on the CPU, in one process or in several that torchrun starts."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command += [str(script), *(str(argument) for argument in arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
 WORKER = """
 import contextlib, io, json, sys
 names = {}
@@ -96,17 +110,3 @@ class Worker:
         _, error = self.attempt(code)
         assert error, "no error was raised"
         return error
-
-
-def run_script(script, *arguments, processes=1):
-    """A script that trains on the CPU, in one process or in several that torchrun starts."""
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command += [str(script), *(str(argument) for argument in arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)

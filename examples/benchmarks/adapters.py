@@ -87,9 +87,6 @@ class Sentences(Classification):
 
     common = {"target_modules": INSIDE, "modules_to_save": ["classifier"]}
 
-    def __init__(self, name, data):
-        super().__init__(name, data, batch=32 if GLUE[name][1] is None else 16)
-
     def factorized(self, ratio, folder):
         """Save the factorized encoder, calibrated on unlabelled training sentences."""
         model, batches = AutoModel.from_pretrained(self.where), self.batches(512, self.batch, labels=False)

@@ -34,7 +34,7 @@ class Classification:
     Args:
         name (`str`): a key of `GLUE`.
         data (`Path`): the folder that holds `glue/<name>/{train,validation}.jsonl`.
-        batch (`int`, defaults to 32): sentences, or pairs of them, a training step.
+        batch (`int`, defaults to 32): sentences a training step; of pairs, half as many.
         where (`str`, *optional*): folder of the encoder and its tokenizer; MiniLM by default.
     """
 
@@ -49,7 +49,7 @@ class Classification:
             for part in ("train", "validation")
         )
         self.collator = DataCollatorWithPadding(self.tokenizer)
-        self.batch = batch
+        self.batch = batch if GLUE[name][1] is None else batch // 2
 
     def _encoded(self, row, keys):
         sentences = [row[key] for key in keys if key is not None]

@@ -5,11 +5,11 @@
         [--estimate] [--readme]
 
 A dense model is fine-tuned once a task and seed, and kept in the cache. From it every method gets `steps` further
-batches of 16 sentences, and ends with the same fraction of the linear parameters of the encoder: `svd` and `fwsvd`
-factorize at once and recover with all of the steps; the others change the weights for half of them first. Everything
-else trains too. The training sets are subsampled: a run sees what its batches hold. Writes
+batches of 16 sentences or 8 pairs, and ends with the same fraction of the linear parameters of the encoder: `svd` and
+`fwsvd` factorize at once and recover with all of the steps; the others change the weights for half of them first.
+Everything else trains too. The training sets are subsampled: a run sees what its batches hold. Writes
 results/training/<task>-<ratio>.json after every run and goes on where it was stopped, and draws
-results/training/accuracy.png. `--estimate` times a step a task and says how long all of it takes; `--readme` runs
+results/training/accuracy.png. `--estimate` times a few steps a task and says how long all of it takes; `--readme` runs
 nothing and writes the table between `<!-- training -->` and `<!-- /training -->` of README.md; `--smoke` takes a tiny
 random model, and leaves nothing.
 """
@@ -157,7 +157,13 @@ def parameters(model):
 def measure(task, ratio, methods, seeds, steps, results, cache):
     """Fill in the runs that `<task>-<ratio>.json` lacks."""
     path = results / f"{task.name}-{ratio:g}.json"
-    facts = {"task": task.name, "ratio": ratio, "steps": steps, "dense_steps": DENSE_STEPS * steps, "batch": BATCH}
+    facts = {
+        "task": task.name,
+        "ratio": ratio,
+        "steps": steps,
+        "dense_steps": DENSE_STEPS * steps,
+        "batch": task.batch,
+    }
     found = opened(path, facts, metric=task.metric)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
