@@ -2,8 +2,6 @@
 
 import torch
 
-from .errors import TargetError
-
 
 class TwoBranches:
     """Mixin of layers with a full-rank weight and low-rank factors for the same map.
@@ -49,20 +47,3 @@ def draw(model, probability, seed, step, turn=0):
     layers = two_branch_layers(model).values()
     for layer, drawn in zip(layers, draws(len(layers), probability, seed, step, turn), strict=True):
         layer.drawn = drawn
-
-
-def refuse_sharded(parameters):
-    """Refuse parameters that DeepSpeed ZeRO-3 has split.
-
-    Args:
-        parameters (`dict[str, torch.Tensor]`): by name.
-
-    Raises:
-        TargetError: naming the first.
-    """
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "ds_id"):
-            raise TargetError(
-                f"DeepSpeed ZeRO-3 has split {name}, and mixed-rank layers need whole weights; use ZeRO stage 2 or "
-                "less, or DistributedDataParallel."
-            )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowrank import TargetError
-from hf_lowrank.draws import TwoBranches, draw, draws, refuse_sharded, two_branch_layers
+from hf_lowrank.draws import TwoBranches, draw, draws, two_branch_layers
 
 
 class Gate(nn.Module, TwoBranches):
@@ -64,11 +63,3 @@ def test_layers_of_other_kinds_are_left_alone():
     draw(model, 1.0, seed=0, step=0)
     assert list(two_branch_layers(model)) == ["1"]
     assert not hasattr(model[0], "drawn")
-
-
-def test_split_parameters_are_refused():
-    whole, split = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    refuse_sharded({"a": whole})
-    split.ds_id = 0
-    with pytest.raises(TargetError, match="ZeRO-3 has split b,.*use ZeRO stage 2 or less"):
-        refuse_sharded({"a": whole, "b": split})

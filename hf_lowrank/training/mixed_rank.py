@@ -7,9 +7,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..draws import draw, refuse_sharded, two_branch_layers
+from ..draws import draw, two_branch_layers
 from ..errors import ConfigError, TargetError
 from ..refine.distillation import logit_loss
+from ..sharding import refuse_sharded
 
 
 class MixedRankCallback(TrainerCallback, ExportableState):
