@@ -23,7 +23,15 @@ from .errors import (
     UnknownNameError,
 )
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
-from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
+from .formats import (
+    FORMATS,
+    FormatLinear,
+    LowRankLinear,
+    PivotedLinear,
+    SharedBasisLinear,
+    SparseLowRankLinear,
+    register_format,
+)
 from .integrations import (
     Calibration,
     LowRankConfig,
@@ -79,6 +87,7 @@ __all__ = [
     "Recipe",
     "ResourceError",
     "SharedBasisLinear",
+    "SparseLowRankLinear",
     "Statistic",
     "Statistics",
     "StatisticsError",

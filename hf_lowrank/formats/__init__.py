@@ -8,6 +8,7 @@ from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, ex
 from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
+from .sparse_low_rank import SparseLowRankLinear
 
 
 import_submodules(sys.modules[__name__])
@@ -20,6 +21,7 @@ __all__ = [
     "LowRankLinear",
     "PivotedLinear",
     "SharedBasisLinear",
+    "SparseLowRankLinear",
     "as_parameter",
     "check_rank",
     "exact_factors",

@@ -3,6 +3,7 @@
 from .blocks import times
 from .pivoting import row_basis
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
+from .sparse import flat_places, largest_entries, sparse_matrix
 from .svd import balanced, require_finite, singular_energies, truncated_svd
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
@@ -13,6 +14,8 @@ __all__ = [
     "band_names",
     "band_sizes",
     "column_weighted",
+    "flat_places",
+    "largest_entries",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
@@ -22,6 +25,7 @@ __all__ = [
     "row_basis",
     "shrink",
     "singular_energies",
+    "sparse_matrix",
     "synthesize",
     "times",
     "truncated_svd",
