@@ -25,6 +25,7 @@ from .errors import (
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
 from .formats import (
     FORMATS,
+    DenseSparseLinear,
     FormatLinear,
     LowRankLinear,
     PivotedLinear,
@@ -66,6 +67,7 @@ __all__ = [
     "CheckpointError",
     "ComputedWeightError",
     "ConfigError",
+    "DenseSparseLinear",
     "Evaluation",
     "EvaluationError",
     "Factors",

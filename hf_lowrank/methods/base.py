@@ -64,6 +64,8 @@ class Method:
         anchored (`bool`): whether each weight is factorized on what the compressed model in front of it puts out; it
             is then given `compressed_gram` and `cross_gram` ([`CrossGram`]) beside its statistics.
         only_format (`bool`): whether its factors fit into `format` and no other.
+        searches (`bool`): whether it finds good factors rather than the best ones, so that the error may rise a little
+            from one rank to the next.
         initialises (`bool`): whether its factors do not approximate the weight, but are where training from scratch
             begins. It is then given a `seed` (`int`) beside its statistics, which differs from layer to layer, and has
             neither objective nor error curve.
@@ -77,6 +79,7 @@ class Method:
     share_layers: ClassVar[int] = 1
     anchored: ClassVar[bool] = False
     only_format: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
     initialises: ClassVar[bool] = False
 
     @property

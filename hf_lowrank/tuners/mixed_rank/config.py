@@ -97,11 +97,11 @@ class MixedRankConfig(TargetConfig):
 
     def _check_method(self, recipe):
         method = recipe.method
-        if method.joint_groups or method.share_layers > 1 or method.anchored or method.shifts or method.only_format:
+        if method.joint_groups or method.share_layers > 1 or method.anchored or method.shifts:
             raise ConfigError(
-                f"`method`={method.name!r} with these options shares factors, changes biases, looks at the compressed "
-                "model or makes more than two factors, and mixed-rank layers are pairs that are made one by one; use "
-                "'svd', 'kfac_svd', 'whitened_svd' or another method without that."
+                f"`method`={method.name!r} with these options shares factors, changes biases or looks at the "
+                "compressed model, and mixed-rank layers are made one by one; use 'svd', 'kfac_svd', 'whitened_svd' "
+                "or another method without that."
             )
         if recipe.needs_probe:
             raise ConfigError(
