@@ -1,6 +1,7 @@
 """Python in a process of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -30,3 +31,17 @@ def run_without(absent, code, **environment):
     """In an interpreter that reads no .pth file and cannot import the packages `absent`."""
     head = ABSENT.format(site=sysconfig.get_paths()["purelib"], absent=tuple(absent))
     return run(head + code, "-S", **environment)
+
+
+def run_script(script, *arguments, processes=1):
+    """A script that trains on the CPU, in one process or in several that torchrun starts."""
+    command = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    command += [str(script), *(str(argument) for argument in arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)

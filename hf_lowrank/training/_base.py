@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import zlib
 from typing import ClassVar
 
 import torch
@@ -58,25 +59,36 @@ class WeightCallback(TrainerCallback, ExportableState):
         if state.global_step == 0:
             self._register(args, model)
             self.start(model)
-            self._steps(model).zero_()
-        elif self._steps(model) is None or int(self._steps(model)) != state.global_step:
+            self._mark(model, 0)
+        elif self._marked(model) != (state.global_step, self._fingerprint(model)):
             raise CheckpointError(
-                f"The checkpoint of step {state.global_step} brought no state for {type(self).__name__}. Resume with "
-                "the arguments that the run began with, in a new Trainer that is given `model`, not `model_init`, and "
-                "this callback among its `callbacks`."
+                f"The checkpoint of step {state.global_step} brought no state for {type(self).__name__}, or that of "
+                "other layers. Resume with the arguments that the run began with, in a new Trainer that is given "
+                "`model`, not `model_init`, and this callback among its `callbacks`."
             )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._steps(model).fill_(state.global_step)
+        self._mark(model, state.global_step)
 
     def _register(self, args, model):
         refuse_arguments(args, type(self))
-        if self._steps(model) is None:
+        if self._marked(model) is None:
             self.register(model)
-            add_buffer(model, model, f"{self.prefix}_steps", torch.zeros((), dtype=torch.int64))
+            add_buffer(model, model, f"{self.prefix}_run", torch.full((2,), -1, dtype=torch.int64))
 
-    def _steps(self, model):
-        return model._buffers.get(f"{self.prefix}_steps")
+    def _mark(self, model, step):
+        run = model._buffers[f"{self.prefix}_run"]
+        run.copy_(torch.tensor([step, self._fingerprint(model)]))
+
+    def _marked(self, model):
+        """`(step, fingerprint)` that a checkpoint has brought, or `None` where nothing is registered."""
+        run = model._buffers.get(f"{self.prefix}_run")
+        return None if run is None else tuple(run.tolist())
+
+    def _fingerprint(self, model):
+        """A number for the buffers that are registered: loading leaves those alone that a checkpoint lacks."""
+        names = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith(f"{self.prefix}_")]
+        return zlib.crc32("\n".join(sorted(names)).encode())
 
 
 def refuse_arguments(args, callback):
@@ -125,10 +137,11 @@ def buffer_name(site, prefix, name):
     return owner, f"{prefix}_{leaf}_{name}"
 
 
-def add_site_buffer(model, site, prefix, name, tensor):
-    """Register a persistent buffer beside the weight of `site`, on its device."""
+def add_site_buffer(model, site, prefix, name, tensor, persistent=True):
+    """Register a buffer beside the weight of `site`, on its device; one that is not `persistent` is never saved."""
     owner, leaf = buffer_name(site, prefix, name)
-    add_buffer(model, model.get_submodule(owner), leaf, tensor.to(model.get_parameter(site.weight_name).device))
+    tensor = tensor.to(model.get_parameter(site.weight_name).device)
+    add_buffer(model, model.get_submodule(owner), leaf, tensor, persistent)
 
 
 def site_buffer(model, site, prefix, name):
@@ -137,9 +150,9 @@ def site_buffer(model, site, prefix, name):
     return model.get_submodule(owner)._buffers.get(leaf)
 
 
-def add_buffer(model, module, name, tensor):
-    """Register a persistent buffer in `module`, a part of `model`, that every process keeps by itself."""
-    module.register_buffer(name, tensor)
+def add_buffer(model, module, name, tensor, persistent=True):
+    """Register a buffer in `module`, a part of `model`, that every process keeps by itself."""
+    module.register_buffer(name, tensor, persistent)
     path = next(path for path, part in model.named_modules() if part is module)
     # DistributedDataParallel would send it around before every forward pass.
     _ignore(model, [*_ignored(model), f"{path}.{name}" if path else name])
