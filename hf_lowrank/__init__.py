@@ -113,7 +113,7 @@ __all__ = [
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("MixedRankCallback", "MixedRankTrainer")
+NEED_TRAINER = ("MixedRankCallback", "MixedRankTrainer", "StraightThroughFactorizerCallback")
 
 register_tuners()
 

@@ -97,7 +97,7 @@ def _load(load, cls, config, args, kwargs):
 def _refuse_start(method):
     if method.initialises:
         raise ConfigError(
-            f"`method`={method.name!r} starts from scratch, so that the weights of the checkpoint would be lost: build "
+            f"`method`={method.name!r} starts from scratch, and the weights of the checkpoint would be lost. Build "
             "the model with `from_config` and call hf_lowrank.factorize(model, config). For trained weights in the "
             f"same format, use a method that approximates them, such as {_approximates(method)}."
         )

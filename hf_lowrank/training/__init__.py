@@ -2,6 +2,13 @@
 
 from .distillation import Distillation, DistillationTrainer
 from .mixed_rank import MixedRankCallback, MixedRankTrainer
+from .straight_through import StraightThroughFactorizerCallback
 
 
-__all__ = ["Distillation", "DistillationTrainer", "MixedRankCallback", "MixedRankTrainer"]
+__all__ = [
+    "Distillation",
+    "DistillationTrainer",
+    "MixedRankCallback",
+    "MixedRankTrainer",
+    "StraightThroughFactorizerCallback",
+]
