@@ -4,12 +4,13 @@
         [--variants full "low rank" ...] [--seeds 3] [--steps 400]
 
 Bytes are the tokens, so that no tokenizer decides. Every variant of a seed begins with the same embeddings, norms and
-head, and sees the same batches at the same learning rates, with AdamW, 10 % warm-up and a cosine to a tenth. `low
-rank, equal bytes` may store as many bytes as SLTrain, the places of its entries included. `sltrain, magnitude` takes
-its places from the full-rank model of the same seed, trained before; everything else of it is new. Perplexity is that
-of a byte, on held-out text. Memory is what autograd keeps from forward to backward in one step, parameters not
-counted, and the growth of the resident set over the run. Writes results/pretraining/<text>.json after every run and
-goes on where it was stopped. A run takes less than a minute on one core.
+head, and sees the same batches at the same learning rates, with AdamW, 10 % warm-up and a cosine to a tenth. Low
+rank has the rank of SLTrain, or as many trained numbers, or as many stored bytes, which count the places of entries
+too. `sltrain, magnitude` takes its places from the full-rank model of the same seed, trained before; everything else
+of it is new. Perplexity is that of a byte, on held-out text. Memory is that of parameters, gradients and Adam's
+moments, and what autograd keeps from forward to backward in one step; results also hold the growth of the resident
+set over the run. Writes results/pretraining/<text>.json after every run and goes on where it was stopped. A run takes
+less than a minute on one core.
 """
 
 import argparse
@@ -34,14 +35,14 @@ from hf_lowrank import LowRankConfig, evaluation, factorize, summary
 
 
 RESULTS = Path(__file__).parent / "results" / "pretraining"
-RANK, DENSITY, SCALE = 8, 0.05, 1.0
-WINDOW, BATCH, RATE = 64, 16, 3e-3
+RANK, DENSITY, SCALE = 4, 0.05, 1.0
+WINDOW, BATCH, RATE = 64, 8, 3e-3
 CONFIG = {
-    "vocab_size": 256, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4,
     "max_position_embeddings": WINDOW, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
-FULL, LOW, EQUAL, RANDOM, MAGNITUDE = VARIANTS = (
-    "full", "low rank", "low rank, equal bytes", "sltrain", "sltrain, magnitude",
+FULL, LOW, PARAMETERS, BYTES, RANDOM, MAGNITUDE = VARIANTS = (
+    "full", "low rank", "low rank, equal parameters", "low rank, equal bytes", "sltrain", "sltrain, magnitude",
 )  # fmt: skip
 
 
@@ -93,10 +94,12 @@ def recipe(variant, seed):
     method = {"name": "sltrain", "alpha": SCALE * RANK, "density": DENSITY if "sltrain" in variant else 0}
     if variant == MAGNITUDE:
         method["support"] = "magnitude"
-    if variant != EQUAL:
+    if variant not in (PARAMETERS, BYTES):
         return LowRankConfig(method=method, rank=RANK, seed=seed)
-    # In float32, an entry and its place are two numbers of four bytes. Ranks differ by shape, and so does the scale.
-    numbers = sum(row.parameters for row in summary(factorize(new_model(0), recipe(RANDOM, 0))).rows)
+    twin = factorize(new_model(0), recipe(RANDOM, 0))
+    # A place takes four bytes, as much as a number. Ranks differ by shape then, and so does the scale.
+    places = sum(buffer.numel() for name, buffer in twin.named_buffers() if name.endswith("indices"))
+    numbers = sum(row.parameters for row in summary(twin).rows) - (places if variant == PARAMETERS else 0)
     return LowRankConfig(method=method, target_params=numbers, rank_multiple=1, seed=seed)
 
 
@@ -154,6 +157,8 @@ def one_run(ids, variant, seed, steps, scratch, trained):
     facts["resident_growth"] = memory.peak
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     facts["bytes"] = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # A gradient and two moments beside each parameter.
+    facts["training_bytes"] = facts["bytes"] + 3 * 4 * facts["parameters"] + facts["saved_bytes"]
     facts["score"] = evaluation.perplexity(model.eval(), ids["validation"], WINDOW, 400).perplexity
     return model, facts
 
@@ -200,20 +205,21 @@ def measure(name, data, variants, seeds, steps, output, cache):
 
 
 def table(folder=RESULTS):
-    """Markdown: means over seeds, and the paired difference from low rank of equal bytes with its 95 % interval."""
-    lines = ["| text | variant | seeds | parameters | MiB | kept for backward, MiB | perplexity | minus equal bytes |"]
-    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
+    """Markdown: means over seeds, and the paired difference from low rank of equal size with its 95 % interval."""
+    head = "text", "variant", "seeds", "parameters", "MiB", "in training", "perplexity", "minus equal parameters"
+    lines = [f"| {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|--:|--:|"]
     for path in sorted(Path(folder).glob("*.json")):
         found = json.loads(path.read_text())
-        baseline = found["runs"].get(EQUAL, {})
+        baseline = found["runs"].get(PARAMETERS, {})
         for name in [name for name in VARIANTS if name in found["runs"]]:
             runs = found["runs"][name]
             first = next(iter(runs.values()))
-            difference = None if name == EQUAL else compared(runs, baseline)
+            mean = statistics.mean(run["score"] for run in runs.values())
+            difference = None if name == PARAMETERS else compared(runs, baseline)
             said = "" if difference is None else f"{difference[0]:+.3g} ± {difference[1]:.2g}"
             lines.append(
                 f"| {found['text']} | {name} | {len(runs)} | {first['parameters']} | {first['bytes'] / 2**20:.2f} "
-                f"| {first['saved_bytes'] / 2**20:.1f} | {statistics.mean(run['score'] for run in runs.values()):.4g} "
+                f"| {first['training_bytes'] / 2**20:.2f} | {mean:.4g} "
                 f"| {said} |"
             )
     return "\n".join(lines) + "\n"
