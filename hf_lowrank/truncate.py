@@ -38,7 +38,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
     method = METHODS.build(method)
     unfit = (
         (method.shifts, "shifts biases"),
-        (method.only_format, "makes more than two dense factors"),
+        (method.only_format, f"makes what only layers of format {method.format!r} hold"),
         (method.statistics and statistics is None, "needs `statistics`"),
     )
     for found, why in unfit:

@@ -37,7 +37,7 @@ class SparseLowRankProduct(torch.autograd.Function):
             # g W is the same product with W^T = c R^T L^T + S^T.
             found[0] = times(gradient, left, right, values, indices, ctx.scaling, transposed=True)
         if any(ctx.needs_input_grad[1:4]):
-            outer = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+            outer = gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             if ctx.needs_input_grad[1]:
                 found[1] = (outer @ right.to(x.dtype).T * ctx.scaling).to(left.dtype)
             if ctx.needs_input_grad[2]:

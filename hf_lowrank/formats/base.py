@@ -109,13 +109,13 @@ class FormatLinear(nn.Module):
 
     Class attributes:
         bias_name (`str`): the parameter that holds the bias.
-
-    A subclass has a property `rank`. What else its constructor takes to tell shapes is its layout: keyword arguments
-    of `cost` and `stored_bytes` too, and entries of `spec()`.
         lent (`tuple[str]`): the parameters that layers of a group have in common; the first layer alone stores them.
         output_rows (`tuple[str]`): the tensors with one row an output, by which outputs can be reordered; empty if a
             format has none.
         input_columns (`tuple[str]`): the matrices with one column an input; empty if a format has none.
+
+    A subclass has a property `rank`. What else its constructor takes to tell shapes is its layout: keyword arguments
+    of `cost` and `stored_bytes` too, and entries of `spec()`.
     """
 
     name: ClassVar[str]

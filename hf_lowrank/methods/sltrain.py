@@ -19,14 +19,16 @@ class SLTrain(Method):
     r"""Where pre-training from scratch begins, with a low-rank plus sparse matrix for every weight.
 
         min over L, R, v of the training loss,    W = alpha / r L R + S,    S.flat[indices] = v,
-        L = 0,    R, v ~ U(-1/sqrt(in), 1/sqrt(in))
+        L = 0,    R, v ~ U(-1/sqrt(in), 1/sqrt(in));    without S:    alpha / r L ~ U(-sqrt(3/r), sqrt(3/r))
 
     The weight that is replaced says nothing but its shape: this is for a model that was built from a config, and what
     a trained model knows would be lost, so that `from_pretrained` refuses it ([`SparseLowRank`] approximates trained
     weights). Which entries S has is drawn once, from `seed` and the name of the layer, and stored with it. A plain
     `Trainer` does the rest; the paper trains with AdamW without weight decay, at 3e-3 with 10 % warm-up and a cosine
-    to a tenth, and leaves embeddings and heads dense, as the default targets do. With `density=0` it is low-rank
-    training from scratch.
+    to a tenth, and leaves embeddings and heads dense, as the default targets do.
+
+    With `density=0` it is low-rank training from scratch. L is drawn then, so that W has the variance of a new
+    `nn.Linear`: of layers that are zero, one after the other, none gets a gradient, ever.
 
     Args:
         density (`float`, defaults to 0.03): entries of S as a share of those of W, in [0, 1]; the paper calls it
@@ -45,7 +47,7 @@ class SLTrain(Method):
     Reference:
         Han et al., SLTrain, NeurIPS 2024, https://arxiv.org/abs/2406.02214. Differs: biases keep the start that their
         model gives them. `density=0` is the from-scratch factorization of Greenformers (thesis, 2021; LRT, ICASSP
-        2020), with the start and scale of SLTrain.
+        2020), with a start of ours.
     """
 
     format: ClassVar[str] = "sparse_low_rank"
@@ -76,13 +78,14 @@ class SLTrain(Method):
         layout = self.layout(*shape, rank)
         bound = shape[1] ** -0.5
 
-        def uniform(*size):
+        def uniform(bound, *size):
             return (torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1) * bound
 
-        left, right = torch.zeros(shape[0], rank, dtype=torch.float64), uniform(rank, shape[1])
-        values = uniform(layout["nonzeros"])
-        rest = None
-        if len(values):
+        right, values, rest = uniform(bound, rank, shape[1]), uniform(bound, layout["nonzeros"]), None
+        if not len(values):
+            left = uniform((3 / rank) ** 0.5, shape[0], rank)
+        else:
+            left = torch.zeros(shape[0], rank, dtype=torch.float64)
             rest = sparse_matrix(self._places(weight, rank, len(values), generator), values, shape)
             rest = rest.to(weight.device)
         return Factors(left.to(weight.device), right.to(weight.device), None, rest=rest, layout=layout)

@@ -86,6 +86,17 @@ def test_both_orders_give_the_same(parts):
         torch.testing.assert_close(one, every, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(COLUMNS,), (0, COLUMNS), (2, 0, COLUMNS)])
+def test_single_and_empty_inputs(shape):
+    layer = SparseLowRankLinear.from_factors(factors(), torch.ones(ROWS), torch.float64)
+    x = torch.ones(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    torch.testing.assert_close(y, x @ layer.dense_weight().T + layer.bias)
+    y.sum().backward()
+    assert x.grad.shape == shape
+    assert layer.left.grad.any() == bool(x.numel())
+
+
 def saved_by(function):
     """Bytes of all that autograd keeps for the backward pass, each memory once."""
     kept = {}

@@ -111,7 +111,13 @@ def test_the_config_of_a_checkpoint_builds_a_new_start(tmp_path):
 def test_without_entries_it_is_low_rank_from_scratch(tmp_path):
     model = build(density=0)
     assert {name.rpartition(".")[2] for name in model.state_dict() if "mlp" in name} == {"left", "right"}
+    for layer in layers(model).values():
+        # The variance of a new linear layer, whatever the scale.
+        assert float(layer.exact_weight().std()) == pytest.approx((3 * layer.in_features) ** -0.5, rel=0.3)
+    start = copy.deepcopy(model.state_dict())
     make(tmp_path, model=model).train()
+    still = [name for name, tensor in model.state_dict().items() if torch.equal(tensor, start[name])]
+    assert still == []
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits(model))
 

@@ -59,8 +59,8 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         raise ConfigError(f"`method`={method.name!r} shifts biases, which a LoRA has no place for; choose another.")
     if method.only_format:
         raise ConfigError(
-            f"`method`={method.name!r} makes more than two dense factors, which is all that a LoRA holds; choose "
-            "another, such as 'svd'."
+            f"`method`={method.name!r} makes what only layers of format {method.format!r} hold, and a LoRA holds two "
+            "dense factors; choose another, such as 'svd'."
         )
     if method.statistics and statistics is None:
         raise ConfigError(
