@@ -23,7 +23,16 @@ from .errors import (
     UnknownNameError,
 )
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
-from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
+from .formats import (
+    FORMATS,
+    DenseSparseLinear,
+    FormatLinear,
+    LowRankLinear,
+    PivotedLinear,
+    SharedBasisLinear,
+    SparseLowRankLinear,
+    register_format,
+)
 from .integrations import (
     Calibration,
     LowRankConfig,
@@ -59,6 +68,7 @@ __all__ = [
     "CheckpointError",
     "ComputedWeightError",
     "ConfigError",
+    "DenseSparseLinear",
     "Evaluation",
     "EvaluationError",
     "Factors",
@@ -83,6 +93,7 @@ __all__ = [
     "ResourceError",
     "Sample",
     "SharedBasisLinear",
+    "SparseLowRankLinear",
     "Statistic",
     "Statistics",
     "StatisticsError",
@@ -110,7 +121,13 @@ __all__ = [
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("FirstOrderPruningCallback", "MixedRankCallback", "MixedRankTrainer", "TrainedRankPruningCallback")
+NEED_TRAINER = (
+    "FirstOrderPruningCallback",
+    "MixedRankCallback",
+    "MixedRankTrainer",
+    "StraightThroughFactorizerCallback",
+    "TrainedRankPruningCallback",
+)
 
 register_tuners()
 

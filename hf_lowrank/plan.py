@@ -1,5 +1,6 @@
 """What will happen to which weight: targets, budget and ranks, decided before any weight is touched."""
 
+import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Plan:
         sites (`dict[str, Site]`): what becomes factors, weights and groups of weights, by name.
         ranks (`dict[str, int]`): their ranks.
         formats (`dict[str, str]`): how each is stored.
+        layouts (`dict[str, dict]`): what their specs say beside rank and format.
         dense (`list[str]`): targets that stay dense, because factors would not be smaller or the user said so.
         shifts (`bool`): whether the method changes biases, so that every factorized weight has one.
     """
@@ -56,6 +58,7 @@ class Plan:
     sites: dict
     ranks: dict
     formats: dict
+    layouts: dict
     dense: list
     shifts: bool
 
@@ -79,6 +82,7 @@ class Plan:
         """The `modules` entry of a checkpoint config."""
         return {
             member.name: {"format": self.formats[name], "rank": self.ranks[name]}
+            | self.layouts[name]
             | ({"bias": True} if self.shifts and not member.bias else {})
             | ({"basis": name} if member.name != name else {})
             for name, site in self.sites.items()
@@ -138,7 +142,10 @@ def make_plan(model, recipe, available=None, measured=None):
         _warn_if_over(free, chosen, budget, recipe)
     sites = {site.name: site for site in sites if site.name in chosen}
     formats = {name: format_for(site, recipe) for name, site in sites.items()}
-    return Plan(sites, chosen, formats, dense, recipe.method.shifts)
+    layouts = {
+        name: recipe.method.layout(site.out_features, site.in_features, chosen[name]) for name, site in sites.items()
+    }
+    return Plan(sites, chosen, formats, layouts, dense, recipe.method.shifts)
 
 
 def _free_ranks(free, budget, recipe, measured):
@@ -221,7 +228,7 @@ def _candidate(model, site, recipe, measured):
         rank_multiple=math.lcm(recipe.rank_multiple, least),
         least_rank=least,
         cost=cost,
-        break_even=_first_not_cheaper(cost, dense_cost, format.break_even(*shape)),
+        break_even=_first_not_cheaper(cost, dense_cost, format.break_even(*shape, recipe.method.layout)),
         curve=None if curve is None else curve[1:].tolist(),
         total=None if curve is None else float(curve[0]),
         dense_cost=dense_cost,
@@ -232,9 +239,14 @@ def _costs(model, site, format, recipe, measured):
     """`(cost of the factors at a rank, cost of the dense weight)` in the unit of the budget."""
     shape, dense = (site.out_features, site.in_features), site.copies * site.out_features * site.in_features
     bias = site.out_features if recipe.method.shifts and not site.bias else 0
+
+    def layout(rank):
+        return recipe.method.layout(*shape, rank)
+
     if recipe.target_bytes is not None:
         size = model.get_parameter(site.weight_name).element_size()
-        return lambda rank: site.copies * (format.stored_bytes(*shape, rank, size) + bias * size), size * dense
+        stored = functools.partial(format.stored_bytes, *shape, dtype_size=size)
+        return lambda rank: site.copies * (stored(rank, **layout(rank)) + bias * size), size * dense
     if recipe.needs_latencies and len(site.members) > 1:
         raise ConfigError(
             f"`allocation`={recipe.allocation.name!r} counts time, and {site.name} shares a basis with others, "
@@ -243,7 +255,7 @@ def _costs(model, site, format, recipe, measured):
     if recipe.needs_latencies and measured.latencies is not None:
         times = measured.latencies.of(*shape)
         return lambda rank: site.copies * times.at(rank), site.copies * times.dense
-    return lambda rank: site.copies * (format.cost(*shape, rank) + bias), dense
+    return lambda rank: site.copies * (format.cost(*shape, rank, **layout(rank)) + bias), dense
 
 
 def _first_not_cheaper(cost, dense_cost, limit):

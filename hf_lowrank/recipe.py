@@ -81,6 +81,11 @@ class Recipe:
         self.allocation = ALLOCATORS.build(self.method.allocation if self.allocation is None else self.allocation)
         if self.format is not None:
             FORMATS[self.format]
+            if self.method.only_format and self.format != self.method.format:
+                raise ConfigError(
+                    f"`format`={self.format!r} cannot hold what `method`={self.method.name!r} makes, which is "
+                    f"{self.method.format!r}; leave `format` unset, or choose another method."
+                )
         if self.refine is not None:
             self.refine = REFINEMENTS.build(self.refine)
             if self.method.share_layers > 1:
@@ -90,6 +95,7 @@ class Recipe:
                     "`joint_groups` inside the blocks, or leave `refine` unset."
                 )
         self._check_budget()
+        self._check_start()
         self._check_patterns()
         if not is_integer(self.rank_multiple, 1):
             raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
@@ -123,6 +129,21 @@ class Recipe:
                 raise ConfigError(
                     f"`{name}` counts what is stored, and `allocation`={self.allocation.name!r} with cost='latency' "
                     "counts time; give `param_ratio`, which is then the fraction of the dense linears' time."
+                )
+
+    def _check_start(self):
+        if not self.method.initialises:
+            return
+        for name, given in (
+            ("energy", self.energy is not None),
+            ("allocation", self.needs_curves or self.needs_probe),
+            ("refine", self.refine is not None),
+        ):
+            if given:
+                value = getattr(self, name)
+                raise ConfigError(
+                    f"`{name}`={getattr(value, 'name', value)!r} compares with the dense weights, which `method`="
+                    f"{self.method.name!r} does not approximate but replaces, to train from scratch; leave it out."
                 )
 
     def _check_patterns(self):

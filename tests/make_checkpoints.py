@@ -26,6 +26,11 @@ RECIPES = {
     "low_rank_v1_bias": {**OPTIONS, "method": "feature_pca", "calibration": TOKENS},
     # Groups, and layers that share with none.
     "shared_basis_v1": {**OPTIONS, "method": JOINT, "format": "shared_basis", "calibration": TOKENS},
+    "sparse_low_rank_v1": {**OPTIONS, "method": {"name": "sparse_low_rank", "density": 0.1}},
+    # Factors that count otherwise than as they stand.
+    "sparse_low_rank_v1_scaled": {**OPTIONS, "method": {"name": "sltrain", "density": 0.1, "alpha": 3}},
+    "dense_sparse_v1": {"method": {"name": "dsformer", "density": 0.5}, "rank": 3},
+    "dense_sparse_v1_blocks": {"method": {"name": "dsformer", "density": 0.5, "blocks": 2}, "rank": 2},
 }
 INPUT = [[3, 1, 4, 1, 5]]
 
@@ -43,6 +48,9 @@ def main(name):
     model = factorize(LlamaForCausalLM(config).eval(), LowRankConfig(**RECIPES[name]))
     if name.endswith("_folded") and fold_order(model, TOKENS[0]) == 0:
         raise SystemExit("no layer could be folded")
+    if name.endswith("_scaled"):
+        for parameter in (p for n, p in model.named_parameters() if n.endswith(".left")):
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(INPUT)).logits

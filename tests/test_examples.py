@@ -187,6 +187,41 @@ def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
     assert recipe["calibration"]["data"] == "self"
 
 
+def test_pretraining(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    (tmp_path / "tinyshakespeare").mkdir()
+    text = "\n".join(f"line {i}: what is past is prologue" for i in range(2000))
+    (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
+    command = [sys.executable, "examples/benchmarks/pretraining.py", "--data", str(tmp_path), "--seeds", "1"]
+    command += [
+        "--texts",
+        "tinyshakespeare",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path / "c"),
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    runs = {
+        name: found["0"] for name, found in json.loads((tmp_path / "tinyshakespeare.json").read_text())["runs"].items()
+    }
+    sizes = {name: (found["parameters"], found["bytes"]) for name, found in runs.items()}
+    assert len(runs) == 6
+    assert sizes["low rank"] < sizes["low rank, equal parameters"] < sizes["low rank, equal bytes"] < sizes["full"]
+    for name, which in (("low rank, equal parameters", 0), ("low rank, equal bytes", 1)):
+        # Met from below, to within a rank of every weight.
+        assert 0.9 * sizes["sltrain"][which] < sizes[name][which] <= sizes["sltrain"][which]
+    assert sizes["sltrain"] == sizes["sltrain, magnitude"]
+    assert runs["sltrain"]["training_bytes"] < runs["full"]["training_bytes"]
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert " s\n" not in again.stdout, "nothing is measured twice"
+    assert "| tinyshakespeare | sltrain, magnitude | 1 |" in again.stdout
+
+
 def test_adapter_speed():
     pytest.importorskip("peft", reason="peft is not installed")
     done = run(sys.executable, "examples/benchmarks/adapter_speed.py", "--tiny")

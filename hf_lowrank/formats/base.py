@@ -110,12 +110,13 @@ class FormatLinear(nn.Module):
 
     Class attributes:
         bias_name (`str`): the parameter that holds the bias.
-
-    A subclass has a property `rank`; a constructor of other arguments than the rank overrides what reads it here.
         lent (`tuple[str]`): the parameters that layers of a group have in common; the first layer alone stores them.
         output_rows (`tuple[str]`): the tensors with one row an output, by which outputs can be reordered; empty if a
             format has none.
         input_columns (`tuple[str]`): the matrices with one column an input; empty if a format has none.
+
+    A subclass has a property `rank`. What else its constructor takes to tell shapes is its layout: keyword arguments
+    of `cost` and `stored_bytes` too, and entries of `spec()`.
     """
 
     name: ClassVar[str]
@@ -146,7 +147,8 @@ class FormatLinear(nn.Module):
     def for_factors(cls, factors, bias, dtype, transposed):
         """A module for `factors` that holds their error and the bias already, and no factor yet."""
         (out_features, rank), in_features = factors.left.shape, factors.right.shape[1]
-        layer = cls(in_features, out_features, rank, bias is not None, transposed, device="meta", dtype=dtype)
+        options = {"device": "meta", "dtype": dtype, **factors.layout}
+        layer = cls(in_features, out_features, rank, bias is not None, transposed, **options)
         if bias is not None:
             owner, _, leaf = cls.bias_name.rpartition(".")
             setattr(layer.get_submodule(owner), leaf, as_parameter(bias.to(factors.left.device), dtype))
@@ -174,12 +176,16 @@ class FormatLinear(nn.Module):
         return cls.cost(out_features, in_features, rank) * dtype_size
 
     @classmethod
-    def break_even(cls, out_features, in_features):
-        """The smallest rank whose cost is not below the dense weight's; `min(out, in) + 1` if there is none."""
+    def break_even(cls, out_features, in_features, layout=None):
+        """The smallest rank whose cost is not below the dense weight's; `min(out, in) + 1` if there is none.
+
+        `layout(out, in, rank)` gives what `cost` takes beside them.
+        """
         low, high = 1, min(out_features, in_features) + 1
         while low < high:
             middle = (low + high) // 2
-            if cls.cost(out_features, in_features, middle) >= out_features * in_features:
+            options = {} if layout is None else layout(out_features, in_features, middle)
+            if cls.cost(out_features, in_features, middle, **options) >= out_features * in_features:
                 high = middle
             else:
                 low = middle + 1
@@ -190,11 +196,20 @@ class FormatLinear(nn.Module):
         raise NotImplementedError
 
     def factors(self):
-        """`(left, right)`, `(out, r)` and `(r, in)` in float64, whose product is the weight this module applies.
+        """`(left, right)`, `(out, r)` and `(r, in)` in float64, whose product and `rest()` are the weight.
 
         Formats that hold two factors give these; any other weight is decomposed, at its numerical rank.
         """
         return exact_factors(self.dense_weight().detach().double(), torch.finfo(self.weight.dtype).eps)
+
+    def rest(self):
+        """What the weight has beside the product of its factors: `(out, in)`, sparse, float64; or `None`."""
+        return None
+
+    def exact_weight(self):
+        """The weight `(out, in)` in float64, without the rounding to the module's dtype."""
+        (left, right), rest = self.factors(), self.rest()
+        return left @ right if rest is None else left @ right + rest
 
     @property
     def weight(self):

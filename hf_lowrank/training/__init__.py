@@ -3,6 +3,7 @@
 from .distillation import Distillation, DistillationTrainer
 from .first_order_pruning import FirstOrderPruningCallback
 from .mixed_rank import MixedRankCallback, MixedRankTrainer
+from .straight_through import StraightThroughFactorizerCallback
 from .trained_rank_pruning import TrainedRankPruningCallback
 
 
@@ -12,5 +13,6 @@ __all__ = [
     "FirstOrderPruningCallback",
     "MixedRankCallback",
     "MixedRankTrainer",
+    "StraightThroughFactorizerCallback",
     "TrainedRankPruningCallback",
 ]

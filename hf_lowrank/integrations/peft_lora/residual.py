@@ -58,6 +58,11 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
     method = METHODS.build(method or ("svd" if statistics is None else "whitened_svd"))
     if method.shifts:
         raise ConfigError(f"`method`={method.name!r} shifts biases, which a LoRA has no place for; choose another.")
+    if method.only_format:
+        raise ConfigError(
+            f"`method`={method.name!r} makes what only layers of format {method.format!r} hold, and a LoRA holds two "
+            "dense factors; choose another, such as 'svd'."
+        )
     if method.statistics and statistics is None:
         raise ConfigError(
             f"`method`={method.name!r} needs `statistics`: hf_lowrank.collect_statistics(dense, ..., "
@@ -127,8 +132,7 @@ def _linears(model):
 def _update(name, layer, weights, method, rank, statistics):
     """`(B, A)` for one layer, float64, of equal scale."""
     if isinstance(layer, FormatLinear):
-        left, right = layer.factors()
-        applied = left @ right
+        applied = layer.exact_weight()
     else:
         applied = plain(layer.weight).detach().double()
     dense = weights.read(name.replace(".base_layer", ""), getattr(layer, "transposed", False)).to(applied.device)
