@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ConfigError
 from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer
+from .composite import as_inner, check_groups
 from .config import QUANT_METHOD, LowRankConfig
 from .planning import gather, informed_plan, saved_for
 from .session import Rehearsed, Session
@@ -37,10 +38,13 @@ def install_keyword():
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, lowrank_config=None, **kwargs):
+        load = functools.partial(original, cls)
         config = _requested(lowrank_config, kwargs)
-        if config is None:
-            return original(cls, *args, **kwargs)
-        return _load(functools.partial(original, cls), cls, config, args, kwargs)
+        if config is not None:
+            return _load(load, cls, config, args, kwargs)
+        if kwargs.get("quantization_config") is not None:
+            return load(*args, **_quantizing_factors(cls, args, kwargs))
+        return load(*args, **kwargs)
 
     from_pretrained.lowrank_keyword = True
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
@@ -55,15 +59,22 @@ def _requested(lowrank_config, kwargs):
         if isinstance(other, dict) and other.get("quant_method") == QUANT_METHOD:
             return LowRankConfig.from_dict(other)
         return None
-    if other is not None:
+    if isinstance(other, LowRankConfig):
         raise ConfigError(
-            "Give either `lowrank_config` or `quantization_config`; to quantize factors, factorize and save first."
+            "A LowRankConfig is given either as `lowrank_config` or as `quantization_config`; beside `lowrank_config`, "
+            "`quantization_config` says how factors are quantized, such as TorchAoConfig(Int8WeightOnlyConfig())."
         )
     if isinstance(lowrank_config, dict):
-        return LowRankConfig.from_dict(lowrank_config)
-    if not isinstance(lowrank_config, LowRankConfig):
+        config = LowRankConfig.from_dict(lowrank_config)
+    elif isinstance(lowrank_config, LowRankConfig):
+        config = lowrank_config.again()
+    else:
         raise ConfigError(f"`lowrank_config` must be a LowRankConfig or a dict, not {type(lowrank_config).__name__}.")
-    return lowrank_config.again()
+    if other is not None:
+        config.inner = as_inner(other)
+    if config.inner is not None:
+        check_groups(config.inner, config.rank_multiple)
+    return config
 
 
 def _load(load, cls, config, args, kwargs):
@@ -82,7 +93,19 @@ def _load(load, cls, config, args, kwargs):
     calibration, config.calibration = as_calibration(config.calibration), None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_removing_new_files(session.offload_folder))
-        if not _is_quantized(cls, args, kwargs):
+        stored = _stored_method(cls, args, kwargs)
+        if stored not in (None, QUANT_METHOD):
+            raise ConfigError(
+                f"The checkpoint is quantized with {stored!r}, and its weights cannot be factorized as they are. Load "
+                "the model it was made from with `lowrank_config`, and add `quantization_config` to quantize the "
+                "factors; or keep it, and let hf_lowrank.residual_adapter put back what quantizing took."
+            )
+        if stored is None:
+            if config.compares and config.inner is not None:
+                raise ConfigError(
+                    "`quantization_config` cannot go with a `refine` or a `method` that compares the factorized with "
+                    "the dense model; factorize without it and save, then load that with `quantization_config`."
+                )
             if config.compares:
                 return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:
@@ -157,9 +180,30 @@ def _path(args, kwargs):
     return args[0] if args else kwargs.get("pretrained_model_name_or_path")
 
 
-def _is_quantized(cls, args, kwargs):
-    # Its own config wins, with a warning by transformers: calibrating would be for nothing.
-    return getattr(_model_config(cls, args, kwargs), "quantization_config", None) is not None
+def _stored_method(cls, args, kwargs):
+    """How the checkpoint is quantized; a factorized one wins over `lowrank_config`, with a warning by transformers."""
+    stored = getattr(_model_config(cls, args, kwargs), "quantization_config", None)
+    if stored is None:
+        return None
+    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
+    return getattr(method, "value", method)
+
+
+def _quantizing_factors(cls, args, kwargs):
+    """`kwargs` that quantize factors while they load, if `quantization_config` meets a factorized checkpoint."""
+    model_config = _model_config(cls, args, kwargs)
+    if _stored_method(cls, args, {**kwargs, "config": model_config}) != QUANT_METHOD:
+        return kwargs
+    model_config = copy.deepcopy(model_config)
+    stored = model_config.quantization_config
+    config = LowRankConfig.from_dict(stored) if isinstance(stored, dict) else copy.copy(stored)
+    if config.inner is not None:
+        # Both are given, and those of the checkpoint win, with a warning by transformers.
+        return {**kwargs, "quantization_config": config}
+    config.inner = as_inner(kwargs["quantization_config"])
+    # What is not there when it is read is quantized on the way.
+    del model_config.quantization_config
+    return {**kwargs, "config": model_config, "quantization_config": config}
 
 
 def _rehearse(load, config, args, kwargs):

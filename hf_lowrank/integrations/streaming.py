@@ -58,7 +58,9 @@ class Factorize(ConversionOps):
                 self.quantizer.progress.close()
                 raise
             converted.update({key: local_part(model, key, value) for key, value in made.items()})
-        return converted
+        if session.measuring:
+            return converted
+        return self.quantizer.pack(converted, model, missing_keys=missing_keys, **kwargs)
 
     def _bias(self, site, tensor):
         """The bias under its new name; nothing yet if the weight, which decides on its shift, is still to come."""
