@@ -38,5 +38,5 @@ def describe(model):
     quantization = getattr(model.config, "quantization_config", None)
     if quantization is not None:
         plain = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        described["quantization"] = {key: plain[key] for key in ("quant_method", "recipe") if key in plain}
+        described["quantization"] = {key: plain[key] for key in ("quant_method", "recipe", "inner") if key in plain}
     return described

@@ -4,16 +4,23 @@ transformers loads a model with one quantizer. Factors are ordinary linears, so 
 them from there; this class answers transformers' questions with the answers of that inner quantizer.
 """
 
+import logging
+
 from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ConfigError, ResourceError
 from ..formats import is_packed
+from ..surgery import factorized
 
+
+logger = logging.getLogger(__name__)
 
 # Quantizers of linears that load, save and load again here with the same logits.
 INNER = ("torchao", "bitsandbytes")
+# By what they refuse a tensor: its shape, its device, a kernel that is not there.
+REFUSALS = (AssertionError, ImportError, RuntimeError, TypeError, ValueError)
 
 
 class Unquantized(HfQuantizer):
@@ -94,7 +101,13 @@ class CompositeQuantizer(HfQuantizer):
             if self.inner.param_needs_quantization(model, name):
                 names = {"source_patterns": [name], "target_patterns": [name], "full_layer_name": name}
                 operation = self.inner.get_quantize_ops()
-                packed.update(operation.convert({name: [tensor]}, model=model, **{**kwargs, **names}))
+                try:
+                    packed.update(operation.convert({name: [tensor]}, model=model, **{**kwargs, **names}))
+                except REFUSALS as error:
+                    raise ConfigError(
+                        f"{name} of shape {tuple(tensor.shape)} cannot be quantized by `quantization_config`: {error}. "
+                        "Choose a rank or `rank_multiple` that it can divide, another configuration, or none."
+                    ) from error
             else:
                 packed[name] = tensor
         return packed
@@ -105,6 +118,8 @@ class CompositeQuantizer(HfQuantizer):
         ours = {id(conversion) for conversion in self._load_conversions}
         model._weight_conversions = [c for c in model._weight_conversions if id(c) not in ours]
         self.inner._process_model_after_weight_loading(model, **kwargs)
+        if self.quantization_config.inner is not None and not self.pre_quantized:
+            _warn_of_unpacked(model)
 
     def get_state_dict_and_metadata(self, model):
         if self.quantization_config.inner is None:
@@ -155,14 +170,32 @@ def as_inner(config):
     return config
 
 
-def check_groups(config, rank_multiple):
-    """Refuse ranks that a group-wise `config` of torchao cannot divide: they are the rows of left factors."""
+def check_groups(config, recipe):
+    """Refuse a [`Recipe`] whose ranks, the length of the rows of left factors, torchao's groups would not divide."""
     kind = getattr(config, "quant_type", None)
     size = getattr(kind, "group_size", None) or getattr(getattr(kind, "granularity", None), "group_size", None)
-    if size and rank_multiple % size:
+    name = "rank_multiple" if recipe.rank is None else "rank"
+    value = getattr(recipe, name)
+    if size and value % size:
         raise ConfigError(
-            f"`rank_multiple`={rank_multiple} does not go with `quantization_config`, which quantizes in groups of "
-            f"{size} along the rank; give `rank_multiple={size}` or a multiple of it, or a smaller group size."
+            f"`{name}`={value} does not go with `quantization_config`, which quantizes rows in groups of {size}; give "
+            f"a multiple of it, such as `{name}={size}`, or a smaller group size."
+        )
+
+
+def _warn_of_unpacked(model):
+    left = [
+        name
+        for site, kind in factorized(model).items()
+        for name, tensor in kind.stored(model, site).items()
+        if tensor.ndim > 1 and not is_packed(tensor)
+    ]
+    if left:
+        logger.warning(
+            "%d matrices of factors, such as %s, stay as they are: they are of experts, or of a shape that "
+            "`quantization_config` leaves alone.",
+            len(left),
+            left[0],
         )
 
 

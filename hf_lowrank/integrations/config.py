@@ -79,7 +79,9 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         """A copy to carry out on a model; a configuration out of a checkpoint becomes the recipe it records."""
         if self.recipe is None:
             return copy.copy(self)
-        return LowRankConfig.from_dict({"recipe": self.recipe})
+        again = LowRankConfig.from_dict({"recipe": self.recipe})
+        again.inner = self.inner
+        return again
 
     def to_dict(self):
         described = {

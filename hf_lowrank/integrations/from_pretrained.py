@@ -3,8 +3,10 @@
 import contextlib
 import copy
 import functools
+import logging
 import os
 import tempfile
+import warnings
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -17,6 +19,8 @@ from .planning import gather, informed_plan, saved_for
 from .session import Rehearsed, Session
 from .verbs import factorize_in_memory
 
+
+logger = logging.getLogger(__name__)
 
 # Arguments that say where a repository is; the tokenizer is looked for in the same place.
 HUB_ARGUMENTS = (
@@ -42,8 +46,8 @@ def install_keyword():
         config = _requested(lowrank_config, kwargs)
         if config is not None:
             return _load(load, cls, config, args, kwargs)
-        if kwargs.get("quantization_config") is not None:
-            return load(*args, **_quantizing_factors(cls, args, kwargs))
+        if kwargs.get("quantization_config") is not None and _stored_method(cls, args, kwargs) == QUANT_METHOD:
+            kwargs = _quantizing_factors(cls, args, kwargs)
         return load(*args, **kwargs)
 
     from_pretrained.lowrank_keyword = True
@@ -73,17 +77,41 @@ def _requested(lowrank_config, kwargs):
     if other is not None:
         config.inner = as_inner(other)
     if config.inner is not None:
-        check_groups(config.inner, config.rank_multiple)
+        check_groups(config.inner, config)
+        if config.target_bytes is not None:
+            logger.warning(
+                "`target_bytes`=%d counts the factors before they are quantized; the model becomes smaller than that.",
+                config.target_bytes,
+            )
     return config
 
 
 def _load(load, cls, config, args, kwargs):
-    kwargs = {**kwargs, "quantization_config": config}
     if kwargs.get("gguf_file") is not None:
         raise ConfigError(
             "A GGUF file cannot be factorized while it loads, since transformers has its own quantizer at work there; "
             "load it without `lowrank_config`, then call hf_lowrank.factorize(model, config)."
         )
+    stored = _stored_method(cls, args, kwargs)
+    if stored not in (None, QUANT_METHOD):
+        raise ConfigError(
+            f"The checkpoint is quantized with {stored!r}, and its weights cannot be factorized as they are. Load the "
+            "model it was made from with `lowrank_config`, and add `quantization_config` to quantize the factors; or "
+            "keep it, and let hf_lowrank.residual_adapter put back what quantizing took."
+        )
+    if stored is not None and config.inner is not None:
+        warnings.warn(
+            "The checkpoint is factorized already: `lowrank_config` is ignored, and `quantization_config` quantizes "
+            "the factors it holds.",
+            stacklevel=3,
+        )
+        return load(*args, **_quantizing_factors(cls, args, {**kwargs, "quantization_config": config.inner}))
+    if stored is None and config.inner is not None and config.compares:
+        raise ConfigError(
+            "`quantization_config` cannot go with a `refine` or a `method` that compares the factorized with the dense "
+            "model; factorize without it and save, then load that with `quantization_config`."
+        )
+    kwargs = {**kwargs, "quantization_config": config}
     session = config.session = Session(
         key_mapping=kwargs.get("key_mapping"),
         offload_folder=kwargs.get("offload_folder"),
@@ -93,19 +121,8 @@ def _load(load, cls, config, args, kwargs):
     calibration, config.calibration = as_calibration(config.calibration), None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_removing_new_files(session.offload_folder))
-        stored = _stored_method(cls, args, kwargs)
-        if stored not in (None, QUANT_METHOD):
-            raise ConfigError(
-                f"The checkpoint is quantized with {stored!r}, and its weights cannot be factorized as they are. Load "
-                "the model it was made from with `lowrank_config`, and add `quantization_config` to quantize the "
-                "factors; or keep it, and let hf_lowrank.residual_adapter put back what quantizing took."
-            )
+        # A factorized checkpoint wins, with a warning by transformers: calibrating would be for nothing.
         if stored is None:
-            if config.compares and config.inner is not None:
-                raise ConfigError(
-                    "`quantization_config` cannot go with a `refine` or a `method` that compares the factorized with "
-                    "the dense model; factorize without it and save, then load that with `quantization_config`."
-                )
             if config.compares:
                 return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:
@@ -181,7 +198,7 @@ def _path(args, kwargs):
 
 
 def _stored_method(cls, args, kwargs):
-    """How the checkpoint is quantized; a factorized one wins over `lowrank_config`, with a warning by transformers."""
+    """How the checkpoint is quantized, by the name of the method, or `None`."""
     stored = getattr(_model_config(cls, args, kwargs), "quantization_config", None)
     if stored is None:
         return None
@@ -190,11 +207,8 @@ def _stored_method(cls, args, kwargs):
 
 
 def _quantizing_factors(cls, args, kwargs):
-    """`kwargs` that quantize factors while they load, if `quantization_config` meets a factorized checkpoint."""
-    model_config = _model_config(cls, args, kwargs)
-    if _stored_method(cls, args, {**kwargs, "config": model_config}) != QUANT_METHOD:
-        return kwargs
-    model_config = copy.deepcopy(model_config)
+    """`kwargs` whose `quantization_config` quantizes the factors of a checkpoint while they load."""
+    model_config = copy.deepcopy(_model_config(cls, args, kwargs))
     stored = model_config.quantization_config
     config = LowRankConfig.from_dict(stored) if isinstance(stored, dict) else copy.copy(stored)
     if config.inner is not None:

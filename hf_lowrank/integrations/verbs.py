@@ -43,6 +43,12 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
     config = config.again()
+    if config.inner is not None:
+        raise ConfigError(
+            "`config` asks for quantized factors, which are made while a model loads: "
+            "from_pretrained(..., lowrank_config=..., quantization_config=...). Factorize with a LowRankConfig of your "
+            "own, save, and load with `quantization_config`."
+        )
     calibration = config.calibration if calibration is None else calibration
     return factorize_in_memory(model, config, calibration, _tokenizer_for(model, tokenizer))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..sizes import numbers, tensor_bytes
 from ..surgery import factorized, specs
 
 
@@ -88,6 +89,7 @@ def summary(model):
     """
     rows, saved_numbers, saved_bytes = [], 0, 0
     tensors = {id(p): p for p in model.parameters()}
+    counted = {*tensors, *(id(b) for b in model.buffers())}
     described = specs(model)
     for name, kind in factorized(model).items():
         spec = described[name]
@@ -95,16 +97,18 @@ def summary(model):
         own = list(kind.stored(model, name).values())
         # Orders and masks are buffers, and stored like the weights.
         tensors.update((id(t), t) for t in own)
-        stored, size = _count(own)
+        stored, size = _count(own, counted)
         dense = copies * out_features * in_features
         shape = f"{out_features} x {in_features}" if copies == 1 else f"{copies} x {out_features} x {in_features}"
         rows.append(Row(name, spec["format"], spec["rank"], shape, stored, dense, size, spec.get("relative_error")))
         saved_numbers += dense - stored
-        saved_bytes += dense * own[0].element_size() - size
-    parameters, size = _count(tensors.values())
+        # Packed integers do not tell what the dense weight was stored in.
+        number = next(t for t in (own[0], *model.parameters()) if t.is_floating_point())
+        saved_bytes += dense * number.element_size() - size
+    parameters, size = _count(tensors.values(), counted)
     return Summary(rows, parameters, parameters + saved_numbers, size, size + saved_bytes)
 
 
-def _count(tensors):
-    """`(numbers, bytes)` of some tensors."""
-    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+def _count(tensors, counted):
+    """`(numbers, bytes)` of some tensors; scales that a quantizer stores beside them are not among the `counted`."""
+    return sum(numbers(t) for t in tensors if id(t) in counted), sum(tensor_bytes(t) for t in tensors)
