@@ -65,8 +65,8 @@ def _requested(lowrank_config, kwargs):
         return None
     if isinstance(other, LowRankConfig):
         raise ConfigError(
-            "A LowRankConfig is given either as `lowrank_config` or as `quantization_config`; beside `lowrank_config`, "
-            "`quantization_config` says how factors are quantized, such as TorchAoConfig(Int8WeightOnlyConfig())."
+            "Give a LowRankConfig as either `lowrank_config` or `quantization_config`, not both; beside the first, the "
+            "second says how factors are quantized, such as TorchAoConfig(Int8WeightOnlyConfig())."
         )
     if isinstance(lowrank_config, dict):
         config = LowRankConfig.from_dict(lowrank_config)
