@@ -105,8 +105,8 @@ class CompositeQuantizer(HfQuantizer):
                     packed.update(operation.convert({name: [tensor]}, model=model, **{**kwargs, **names}))
                 except REFUSALS as error:
                     raise ConfigError(
-                        f"{name} of shape {tuple(tensor.shape)} cannot be quantized by `quantization_config`: {error}. "
-                        "Choose a rank or `rank_multiple` that it can divide, another configuration, or none."
+                        f"{name} of shape {tuple(tensor.shape)} cannot be quantized by `quantization_config`: "
+                        f"{error}. Choose a rank or `rank_multiple` that it can divide, another configuration, or none."
                     ) from error
             else:
                 packed[name] = tensor
@@ -203,7 +203,7 @@ def _refuse_packed(model):
     name = next((name for name, parameter in model.named_parameters() if is_packed(parameter)), None)
     if name is not None:
         raise ConfigError(
-            f"{name} was quantized in memory, by nobody the checkpoint could name. Save the factorized model before it "
-            "is quantized; from_pretrained(folder, quantization_config=...) then quantizes the factors while it loads "
-            "them, and what it returns can be saved."
+            f"{name} was quantized in memory, and how cannot be told from the model. Save it before it is quantized; "
+            "from_pretrained(folder, quantization_config=...) then quantizes the factors while it loads them, and what "
+            "it returns can be saved."
         )

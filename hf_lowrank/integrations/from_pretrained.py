@@ -65,8 +65,8 @@ def _requested(lowrank_config, kwargs):
         return None
     if isinstance(other, LowRankConfig):
         raise ConfigError(
-            "Give a LowRankConfig as either `lowrank_config` or `quantization_config`, not both; beside the first, the "
-            "second says how factors are quantized, such as TorchAoConfig(Int8WeightOnlyConfig())."
+            "Give a LowRankConfig as either `lowrank_config` or `quantization_config`, not both; beside the first, "
+            "the second says how factors are quantized, such as TorchAoConfig(Int8WeightOnlyConfig())."
         )
     if isinstance(lowrank_config, dict):
         config = LowRankConfig.from_dict(lowrank_config)
@@ -108,8 +108,8 @@ def _load(load, cls, config, args, kwargs):
         return load(*args, **_quantizing_factors(cls, args, {**kwargs, "quantization_config": config.inner}))
     if stored is None and config.inner is not None and config.compares:
         raise ConfigError(
-            "`quantization_config` cannot go with a `refine` or a `method` that compares the factorized with the dense "
-            "model; factorize without it and save, then load that with `quantization_config`."
+            "`quantization_config` cannot go with a `refine` or a `method` that compares the factorized with the "
+            "dense model; factorize without it and save, then load that with `quantization_config`."
         )
     kwargs = {**kwargs, "quantization_config": config}
     session = config.session = Session(

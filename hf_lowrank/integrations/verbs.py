@@ -45,9 +45,8 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     config = config.again()
     if config.inner is not None:
         raise ConfigError(
-            "`config` asks for quantized factors, which are made while a model loads: "
-            "from_pretrained(..., lowrank_config=..., quantization_config=...). Factorize with a LowRankConfig of your "
-            "own, save, and load with `quantization_config`."
+            "`config` asks for quantized factors, which are made while a model loads; factorize with a LowRankConfig "
+            "of your own, save, and call from_pretrained(folder, quantization_config=...)."
         )
     calibration = config.calibration if calibration is None else calibration
     return factorize_in_memory(model, config, calibration, _tokenizer_for(model, tokenizer))

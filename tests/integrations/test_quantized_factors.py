@@ -172,7 +172,9 @@ def test_a_process_that_never_imports_the_package(folders, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("back", [hf_lowrank.to_dense, lambda model: model.dequantize()], ids=["to_dense", "dequantize"])
+@pytest.mark.parametrize(
+    "back", [hf_lowrank.to_dense, lambda model: model.dequantize()], ids=["to_dense", "dequantize"]
+)
 @pytest.mark.parametrize("format", FORMATS.names())
 def test_back_to_an_ordinary_model(folders, tmp_path, format, back):
     model = load(folders / "llama", KINDS["int8"], lowrank_config=recipe(format=format))
@@ -224,7 +226,9 @@ def test_quantized_in_memory(folders, tmp_path):
     model.save_pretrained(tmp_path / "factors")
     quantized = copy.deepcopy(model)
     torchao.quantize_(quantized, KINDS["int8"], lambda module, name: name.endswith((".left", ".right", "o_proj")))
-    with pytest.raises(ConfigError, match=r"layers.0.*\.weight was quantized in memory.*from_pretrained\(folder, quan"):
+    with pytest.raises(
+        ConfigError, match=r"layers.0.*\.weight was quantized in memory.*from_pretrained\(folder, quan"
+    ):
         quantized.save_pretrained(tmp_path / "no")
     assert torch.equal(logits(load(tmp_path / "factors", KINDS["int8"])), logits(quantized)), "the cure works"
 
@@ -248,16 +252,24 @@ def test_refusals(folders, tmp_path):
         load(where, INT4, lowrank_config=LowRankConfig(method="svd"))
     with pytest.raises(ConfigError, match="`rank`=24 does not go"):
         load(where, INT4, lowrank_config=recipe(rank=24))
-    with pytest.raises(ConfigError, match=r"down_proj.*left.weight of shape \(64, 24\) cannot be quantized by .*divisible"):
+    with pytest.raises(
+        ConfigError, match=r"down_proj.*left.weight of shape \(64, 24\) cannot be quantized by .*divisible"
+    ):
         load(where, INT4, lowrank_config=recipe(rank_pattern={"layers.1.mlp.down_proj": 24}, format="low_rank"))
-    with pytest.raises(ConfigError, match="is for 'quanto', which does not quantize factors while they load; .*torchao"):
+    with pytest.raises(
+        ConfigError, match="is for 'quanto', which does not quantize factors while they load; .*torchao"
+    ):
         load(where, lowrank_config=recipe(), quantization_config=QuantoConfig())
-    with pytest.raises(ConfigError, match="`quantization_config` must be a transformers quantization config.* not int"):
+    with pytest.raises(
+        ConfigError, match="`quantization_config` must be a transformers quantization config.* not int"
+    ):
         load(where, lowrank_config=recipe(), quantization_config=3)
     with pytest.raises(ConfigError, match="cannot go with a `refine` or a `method` that compares"):
         load(where, KINDS["int8"], lowrank_config=recipe(refine="blocks"))
     with pytest.raises(ConfigError, match="`config` asks for quantized factors.*load"):
-        factorize(tiny_model("llama")[0], load(where, KINDS["int8"], lowrank_config=recipe()).config.quantization_config)
+        factorize(
+            tiny_model("llama")[0], load(where, KINDS["int8"], lowrank_config=recipe()).config.quantization_config
+        )
     on_disk = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "": "cpu"}
     with pytest.raises(ResourceError, match="where quantized ones cannot be kept"):
         load(where, KINDS["int8"], lowrank_config=recipe(), device_map=on_disk, offload_folder=tmp_path / "disk")
@@ -269,7 +281,10 @@ def test_bitsandbytes(folders, tmp_path, bits, format):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     kind = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     model = load(folders / "llama", lowrank_config=recipe(format=format), quantization_config=kind)
-    assert "bitsandbytes" in type(model.get_submodule(Q).get_submodule("basis" if format == "pivoted" else "left")).__module__
+    assert (
+        "bitsandbytes"
+        in type(model.get_submodule(Q).get_submodule("basis" if format == "pivoted" else "left")).__module__
+    )
     plain = load(folders / "llama", lowrank_config=recipe(format=format))
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0.2)
     model.save_pretrained(tmp_path / "saved")

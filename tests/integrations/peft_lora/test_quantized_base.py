@@ -53,9 +53,9 @@ def test_stock_transformers_and_peft_load_it(dense, kind, tmp_path):
     dense, statistics, inputs, folder = dense
     base, together = tmp_path / "base", tmp_path / "together"
     for target in (base, together):
-        AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=TorchAoConfig(KINDS[kind])
-        ).save_pretrained(target)
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(KINDS[kind])).save_pretrained(
+            target
+        )
     quantized = AutoModelForCausalLM.from_pretrained(together)
     lost = distance(quantized, dense, inputs)
     model = residual_adapter(quantized, dense, rank=16, statistics=statistics)
