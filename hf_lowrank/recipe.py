@@ -156,6 +156,11 @@ class Recipe:
                 )
 
     @property
+    def rank_step(self):
+        """What every rank has to be a multiple of, whatever `rank_multiple` is."""
+        return 1
+
+    @property
     def needs_statistics(self):
         """Whether the method reads calibration statistics."""
         return bool(self.method.statistics)

@@ -130,11 +130,11 @@ def test_variants_after_a_plus_sign_are_quantized_or_corrected(tmp_path, monkeyp
     sizes = {name: size for name, (_, size, _) in made.items()}
     assert sizes["svd-0.5+int8"].linear_parameters == sizes["svd-0.5"].linear_parameters
     assert sizes["svd-0.5+int8"].linear_bytes < 0.65 * sizes["svd-0.5"].linear_bytes
-    # Half a byte a number, and a scale and a zero of two bytes for 32 of them.
-    assert sizes["svd-0.9+int4"].linear_bytes == sizes["svd-0.9+int4"].linear_parameters * (1 / 2 + 4 / 32)
-    assert sizes["int4"].linear_parameters > sizes["svd-0.9+int4"].linear_parameters
-    ranks = [layer.rank for layer in made["svd-0.9+int4"][0].modules() if hasattr(layer, "rank")]
-    assert set(ranks) == {32}
+    # Half a byte a number, and a scale and a zero of two bytes for 32 of them; matrices too small for a rank of 32
+    # have a left factor that cannot be divided so.
+    matrices = [p for name, p in made["svd-0.9+int4"][0].named_parameters() if "layers" in name and p.ndim == 2]
+    expected = sum(p.numel() * (1 / 2 + 4 / 32 if p.shape[1] % 32 == 0 else 2) for p in matrices)
+    assert sizes["svd-0.9+int4"].linear_bytes == expected < sizes["int4"].linear_bytes
     corrected = made["int4+residual"][0]
     lora = [p for name, p in corrected.named_parameters() if "lora_" in name]
     added = sum(p.numel() for p in lora)

@@ -106,7 +106,7 @@ class CompositeQuantizer(HfQuantizer):
                 except REFUSALS as error:
                     raise ConfigError(
                         f"{name} of shape {tuple(tensor.shape)} cannot be quantized by `quantization_config`: "
-                        f"{error}. Choose a rank or `rank_multiple` that it can divide, another configuration, or none."
+                        f"{error}. Choose a rank or `rank_multiple` that it can divide, or another configuration."
                     ) from error
             else:
                 packed[name] = tensor
@@ -170,17 +170,11 @@ def as_inner(config):
     return config
 
 
-def check_groups(config, recipe):
-    """Refuse a [`Recipe`] whose ranks, the length of the rows of left factors, torchao's groups would not divide."""
+def group_size(config):
+    """How many numbers of a row share a scale in a configuration of torchao; 1 where rows are not divided."""
     kind = getattr(config, "quant_type", None)
-    size = getattr(kind, "group_size", None) or getattr(getattr(kind, "granularity", None), "group_size", None)
-    name = "rank_multiple" if recipe.rank is None else "rank"
-    value = getattr(recipe, name)
-    if size and value % size:
-        raise ConfigError(
-            f"`{name}`={value} does not go with `quantization_config`, which quantizes rows in groups of {size}; give "
-            f"a multiple of it, such as `{name}={size}`, or a smaller group size."
-        )
+    found = getattr(kind, "group_size", None) or getattr(getattr(kind, "granularity", None), "group_size", None)
+    return found or 1
 
 
 def _warn_of_unpacked(model):
@@ -203,7 +197,7 @@ def _refuse_packed(model):
     name = next((name for name, parameter in model.named_parameters() if is_packed(parameter)), None)
     if name is not None:
         raise ConfigError(
-            f"{name} was quantized in memory, and how cannot be told from the model. Save it before it is quantized; "
-            "from_pretrained(folder, quantization_config=...) then quantizes the factors while it loads them, and what "
+            f"{name} was quantized in memory, and how cannot be told from the model. Save it before it is quantized: "
+            "from_pretrained(folder, quantization_config=...) quantizes the factors while it loads them, and what "
             "it returns can be saved."
         )

@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS, SharedBasisLinear
 from ..recipe import Recipe
-from .composite import as_inner
+from .composite import as_inner, group_size
 
 
 QUANT_METHOD = "lowrank"
@@ -82,6 +82,11 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         again = LowRankConfig.from_dict({"recipe": self.recipe})
         again.inner = self.inner
         return again
+
+    @property
+    def rank_step(self):
+        # A rank is the length of the rows of a left factor, which an inner quantizer may divide into groups.
+        return group_size(self.inner)
 
     def to_dict(self):
         described = {

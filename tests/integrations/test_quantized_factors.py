@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig
 
 import hf_lowrank
-from hf_lowrank import ConfigError, LowRankConfig, ResourceError, factorize, residual_adapter, summary
+from hf_lowrank import ConfigError, LowRankConfig, RankError, ResourceError, factorize, residual_adapter, summary
 from hf_lowrank.evaluation import size_of
 from hf_lowrank.formats import FORMATS, is_packed
 from hf_lowrank.integrations.streaming import Factorize
@@ -108,6 +108,17 @@ def test_saved_factors_are_quantized_when_they_load(folders, tmp_path):
         same = load(tmp_path / "quantized", INT4)
     assert torch.equal(logits(same), logits(at_once))
     assert torch.equal(logits(load(tmp_path / "factors")), logits(factors)), "nothing is quantized unasked"
+
+
+@pytest.mark.parametrize("method", ["svd", "kfac_svd"])
+def test_ranks_are_multiples_of_the_groups(folders, method):
+    """Where there is no room for such a rank, a weight stays dense, rather than be left unquantized."""
+    config = LowRankConfig(method=method, param_ratio=0.7, calibration=[{"input_ids": torch.arange(3, 40)[None]}])
+    model = load(folders / "llama", INT4, lowrank_config=config)
+    ranks = {row.rank for row in summary(model).rows}
+    assert ranks
+    assert all(rank % 16 == 0 for rank in ranks)
+    assert all(is_packed(p) for name, p in model.named_parameters() if "layers" in name and p.ndim == 2)
 
 
 def test_the_default_method_measures_unquantized_factors(folders, tmp_path):
@@ -248,14 +259,14 @@ def test_refusals(folders, tmp_path):
         load(tmp_path / "int8", lowrank_config=recipe())
     with pytest.raises(ConfigError, match="quantized with 'torchao'"):
         load(tmp_path / "int8", KINDS["int8"], lowrank_config=recipe())
-    with pytest.raises(ConfigError, match="`rank_multiple`=8 does not go .* groups of 16; give .*`rank_multiple=16`"):
-        load(where, INT4, lowrank_config=LowRankConfig(method="svd"))
-    with pytest.raises(ConfigError, match="`rank`=24 does not go"):
-        load(where, INT4, lowrank_config=recipe(rank=24))
-    with pytest.raises(
-        ConfigError, match=r"down_proj.*left.weight of shape \(64, 24\) cannot be quantized by .*divisible"
-    ):
-        load(where, INT4, lowrank_config=recipe(rank_pattern={"layers.1.mlp.down_proj": 24}, format="low_rank"))
+    for options in ({"rank": 24}, {"rank_pattern": {"layers.1.mlp.down_proj": 24}}):
+        with pytest.raises(
+            RankError, match="rank=24 for .* must be a multiple of 16, .*`quantization_config` divides"
+        ):
+            load(where, INT4, lowrank_config=recipe(**options))
+    load(where, lowrank_config=recipe(rank=24, format="low_rank")).save_pretrained(tmp_path / "24")
+    with pytest.raises(ConfigError, match=r"left.weight of shape \(64, 24\) cannot be quantized by .*divisible"):
+        load(tmp_path / "24", INT4)
     with pytest.raises(
         ConfigError, match="is for 'quanto', which does not quantize factors while they load; .*torchao"
     ):
