@@ -31,6 +31,7 @@ from .integrations import (
     collect_statistics,
     factorize,
     residual_adapter,
+    share_initializers,
     to_dense,
     train_only,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "register_method",
     "register_statistic",
     "residual_adapter",
+    "share_initializers",
     "summary",
     "to_dense",
     "train_only",

@@ -9,6 +9,7 @@ from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
 from .guard import install_guard
+from .onnx import share_initializers
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
@@ -31,6 +32,7 @@ __all__ = [
     "experts",
     "factorize",
     "residual_adapter",
+    "share_initializers",
     "to_dense",
     "train_only",
 ]
