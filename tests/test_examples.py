@@ -149,6 +149,16 @@ def test_variants_after_a_plus_sign_are_quantized_or_corrected(tmp_path, monkeyp
     assert {"quantization", "residual"} <= set(made["int4+residual"][2])
 
 
+def test_export_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'hf-lowrank[export]'")
+    done = run(sys.executable, "examples/export_onnx.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(dense|factors|factors in int8) +([\d.]+) +[\d.]+ +(\S+)$", done.stdout, re.M)
+    assert [name for name, _, _ in rows] == ["dense", "factors", "factors in int8"]
+    assert float(rows[1][2]) < 1e-5
+
+
 def test_adapter_speed():
     pytest.importorskip("peft", reason="peft is not installed")
     done = run(sys.executable, "examples/benchmarks/adapter_speed.py", "--tiny")

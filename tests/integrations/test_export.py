@@ -46,77 +46,52 @@ def numbers(model):
     return sum(p.numel() for p in weights(model))
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
-def exported(request, tmp_path_factory):
-    """The ONNX model of one case, in a folder: an export takes seconds."""
+@pytest.mark.parametrize(("name", "format"), CASES)
+def test_onnx(name, format, tmp_path):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'hf-lowrank[export]'")
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
 
-    model, inputs, logits = made(*request.param)
-    folder = tmp_path_factory.mktemp("onnx")
+    model, inputs, logits = made(name, format)
     exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=True))
-    hf_lowrank.share_initializers(exported).save_pretrained(folder)
-    return model, inputs, logits, folder
-
-
-def initializers(path):
-    """Weights of an ONNX file, with the integers that stand for some."""
-    import onnx
-
-    return [onnx.numpy_helper.to_array(t, str(path.parent)) for t in onnx.load(path).graph.initializer]
-
-
-def test_onnx_computes_the_same(exported):
-    from transformers.exporters import ExportedModel
-
-    model, inputs, logits, folder = exported
-    session = ExportedModel.from_pretrained(folder)
+    hf_lowrank.share_initializers(exported).save_pretrained(tmp_path)
+    session = ExportedModel.from_pretrained(tmp_path)
     torch.testing.assert_close(session(**inputs).logits, logits, rtol=0, atol=1e-5)
     longer = {key: torch.cat([value, value], dim=1) for key, value in inputs.items()}
     with torch.no_grad():
         torch.testing.assert_close(session(**longer).logits, model(**longer).logits, rtol=0, atol=1e-5)
+    holds_the_factors(model, tmp_path)
+    quantized_to_int8(model, inputs, logits, tmp_path)
 
 
-def test_onnx_holds_the_factors(exported):
-    model, _, _, folder = exported
-    found = [t for t in initializers(folder / "model.onnx") if t.dtype.kind == "f"]
+def holds_the_factors(model, folder):
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx").graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    found = [t for t in stored.values() if t.dtype.kind == "f"]
     assert matrices(found) == matrices(weights(model))
-    # Norms whose weight is one are left out, and some small constants are added.
-    assert abs(sum(t.size for t in found) - numbers(model)) < 0.02 * numbers(model)
-    # What is not a parameter: orders of channels, as 64-bit integers, and small constants.
+    assert sum(t.size for t in found) < 1.02 * numbers(model)
+    # Beside parameters there are orders of channels, as 64-bit integers, and small constants.
     orders = sum(8 * buffer.numel() for name, buffer in model.named_buffers() if name.endswith("order"))
     size = (folder / "model.onnx.data").stat().st_size
     assert size < 1.05 * (4 * numbers(model) + orders) + 4096
+    # Each is multiplied with its input once, a shared basis too.
+    products = [stored[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in stored]
+    assert matrices(products) == matrices(m.weight for m in model.modules() if type(m) is torch.nn.Linear)
 
 
-def test_a_shared_basis_is_multiplied_once(exported):
+def quantized_to_int8(model, inputs, logits, folder):
     import onnx
-
-    model, _, _, folder = exported
-    linears = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
-    found = onnx.load(folder / "model.onnx", load_external_data=False).graph
-    names = {t.name: tuple(t.dims) for t in found.initializer}
-    products = [
-        names[node.input[1]] for node in found.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in names
-    ]
-    assert Counter(tuple(sorted(shape)) for shape in products) == matrices(linears)
-
-
-def test_onnx_in_int8(exported, tmp_path):
-    import numpy
     from onnxruntime import InferenceSession
     from onnxruntime.quantization import quantize_dynamic
 
-    model, inputs, logits, folder = exported
-    quantize_dynamic(folder / "model.onnx", tmp_path / "int8.onnx")
-    linears = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
-    stored = initializers(tmp_path / "int8.onnx")
-    quantized = matrices([t for t in stored if t.dtype in (numpy.int8, numpy.uint8)])
-    assert matrices(linears) <= quantized <= matrices(weights(model))
-    session = InferenceSession(tmp_path / "int8.onnx")
-    names = [entry.name for entry in session.get_inputs()]
-    found = session.run(None, {name: inputs[name].numpy() for name in names})[0]
+    quantize_dynamic(folder / "model.onnx", folder / "int8.onnx")
+    stored = [onnx.numpy_helper.to_array(t) for t in onnx.load(folder / "int8.onnx").graph.initializer]
+    linears = matrices(m.weight for m in model.modules() if type(m) is torch.nn.Linear)
+    assert linears <= matrices([t for t in stored if t.dtype.itemsize == 1]) <= matrices(weights(model))
+    session = InferenceSession(folder / "int8.onnx")
+    found = session.run(None, {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[0]
     assert (torch.from_numpy(found) - logits).norm() < 0.1 * logits.norm()
 
 
