@@ -22,7 +22,7 @@ from .errors import (
     TargetError,
     UnknownNameError,
 )
-from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
+from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
 from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
 from .integrations import (
     Calibration,
@@ -30,6 +30,7 @@ from .integrations import (
     LowRankQuantizer,
     collect_statistics,
     factorize,
+    model_card,
     residual_adapter,
     share_initializers,
     to_dense,
@@ -40,7 +41,7 @@ from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .passes import fold_order
 from .recipe import Recipe
-from .reporting import Summary, summary
+from .reporting import Report, Sample, Summary, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
 from .truncate import truncate
 
@@ -78,7 +79,9 @@ __all__ = [
     "Probe",
     "RankError",
     "Recipe",
+    "Report",
     "ResourceError",
+    "Sample",
     "SharedBasisLinear",
     "Statistic",
     "Statistics",
@@ -91,13 +94,16 @@ __all__ = [
     "factorize",
     "fold_order",
     "measure_latencies",
+    "model_card",
     "register_allocator",
     "register_format",
     "register_method",
     "register_statistic",
+    "report",
     "residual_adapter",
     "share_initializers",
     "summary",
+    "text_samples",
     "to_dense",
     "train_only",
     "truncate",

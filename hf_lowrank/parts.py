@@ -70,7 +70,7 @@ class Parts:
 
     def begin(self, facts):
         """Write the manifest, before any part: the identity, and `facts` that a later run need not find again."""
-        with self._writing(self._manifest) as partial, open(partial, "w", encoding="utf-8") as file:
+        with writing(self._manifest) as partial, open(partial, "w", encoding="utf-8") as file:
             json.dump({"identity": self._identity, "facts": facts}, file, indent=1)
         self.facts = facts
 
@@ -85,7 +85,7 @@ class Parts:
         """Write a part: `tensors` by name, and JSON."""
         # A copy each: tensors may be views of one another, which safetensors refuses.
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        with self._writing(self.path(name)) as partial:
+        with writing(self.path(name)) as partial:
             save_file(tensors, partial, metadata={"note": json.dumps(note)})
 
     def read(self, name):
@@ -106,16 +106,17 @@ class Parts:
         """Bytes of all parts."""
         return sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file())
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _writing(path):
-        partial = f"{path}{PARTIAL}"
-        try:
-            yield partial
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+
+@contextlib.contextmanager
+def writing(path):
+    """Inside, the name to write to: `path` appears, or is replaced, only when the file is complete."""
+    partial = f"{os.fspath(path)}{PARTIAL}"
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
 
 
 def digest_of_batches(batches):

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import re
 from dataclasses import dataclass
 
 from .allocation import Candidate, allowed_ranks, fill, rank_for_energy
@@ -13,7 +12,7 @@ from .groups import group_sites
 from .recipe import DENSE
 from .sizes import stored_bytes
 from .statistics import STATISTICS
-from .surgery import match_sites
+from .surgery import match_sites, pattern_for, pattern_hits
 
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,7 @@ def make_plan(model, recipe, available=None, measured=None):
         _check_multiple(site, rank, recipe)
         _check_shift(site, recipe)
         # A rank the user names for one module is kept even where it saves nothing; a global one is not.
-        pinned = any(_pattern_for(member.name, recipe.rank_pattern) is not None for member in site.members)
+        pinned = any(pattern_for(member.name, recipe.rank_pattern) is not None for member in site.members)
         if rank >= candidates[site.name].break_even and not pinned:
             dense.extend(member.name for member in site.members)
         else:
@@ -283,8 +282,8 @@ def _check_multiple(site, rank, recipe):
 def _fixed_ranks(sites, rank_pattern):
     used, fixed = set(), {}
     for site in sites:
-        used.update(key for key in rank_pattern for member in site.members if _hits(key, member.name))
-        keys = [_pattern_for(member.name, rank_pattern) for member in site.members]
+        used.update(key for key in rank_pattern for member in site.members if pattern_hits(key, member.name))
+        keys = [pattern_for(member.name, rank_pattern) for member in site.members]
         ranks = list(dict.fromkeys(rank_pattern[key] for key in keys if key is not None))
         if len(ranks) > 1:
             raise ConfigError(
@@ -300,12 +299,3 @@ def _fixed_ranks(sites, rank_pattern):
             f"as {sites[0].name}."
         )
     return fixed
-
-
-def _pattern_for(name, rank_pattern):
-    return next((key for key in rank_pattern if _hits(key, name)), None)
-
-
-def _hits(key, name):
-    # PEFT's rule for `rank_pattern`: a key matches from any dot to the end of the name; the first match counts.
-    return re.match(rf"(.*\.)?({key})$", name) is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from .allocation import ALLOCATORS
+from .checks import is_integer, is_number
 from .errors import ConfigError
 from .formats import FORMATS
 from .methods import METHODS
@@ -90,14 +91,14 @@ class Recipe:
                 )
         self._check_budget()
         self._check_patterns()
-        if not _is_int(self.rank_multiple, 1):
+        if not is_integer(self.rank_multiple, 1):
             raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
         if self.compute_device is not None:
             try:
                 torch.empty(0, device=self.compute_device)
             except (RuntimeError, AssertionError, TypeError) as error:
                 raise ConfigError(f"`compute_device`={self.compute_device!r} cannot be used here: {error}") from error
-        if not _is_int(self.seed, 0):
+        if not is_integer(self.seed, 0):
             raise ConfigError(f"`seed`={self.seed!r} must be an integer of at least 0.")
 
     def _check_budget(self):
@@ -111,12 +112,11 @@ class Recipe:
             ("energy", "the share of the squared weight that every layer keeps at least; 0.9 is a usual value"),
         ):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 < value <= 1):
+            if value is not None and not (is_number(value) and 0 < value <= 1):
                 raise ConfigError(f"`{name}`={value!r} must be in (0, 1]: {meaning}.")
         for name in ("target_params", "target_bytes", "rank"):
             value = getattr(self, name)
-            if value is not None and not _is_int(value, 1):
+            if value is not None and not is_integer(value, 1):
                 raise ConfigError(f"`{name}`={value!r} must be an integer of at least 1.")
         for name in ("target_params", "target_bytes"):
             if self.allocation.cost == "latency" and getattr(self, name) is not None:
@@ -150,7 +150,7 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"`rank_pattern` key {pattern!r} is not a regular expression: {error}.") from error
-            if rank != DENSE and not _is_int(rank, 1):
+            if rank != DENSE and not is_integer(rank, 1):
                 raise ConfigError(
                     f"`rank_pattern`[{pattern!r}]={rank!r} must be an integer of at least 1, or {DENSE!r}."
                 )
@@ -200,7 +200,3 @@ class Recipe:
         if self.refine is not None:
             described["refine"] = REFINEMENTS.describe(self.refine)
         return {name: value for name, value in described.items() if value is not None and value != {}}
-
-
-def _is_int(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

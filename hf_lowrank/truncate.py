@@ -1,5 +1,6 @@
 """Lower the rank of a factorized model, or store it in another format."""
 
+from .checks import is_integer
 from .errors import ConfigError, LowRankError, RankError, TargetError
 from .formats import FORMATS, FormatLinear, LinearFace, check_rank
 from .methods import METHODS
@@ -68,7 +69,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
 
 def _ranks(layers, rank, pattern):
     for value in (rank, *pattern.values()):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and not is_integer(value, 1):
             raise RankError(f"`rank`={value!r} of truncate must be an integer of at least 1.")
     ranks = {} if rank is None else dict.fromkeys(layers, rank)
     for entry, value in pattern.items():

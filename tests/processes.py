@@ -1,9 +1,11 @@
 """Python in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 
 
 # The packages of this environment, without its .pth files; and none of ours, unless `sys.path` is told where.
@@ -30,3 +32,66 @@ def run_without(absent, code, **environment):
     """In an interpreter that reads no .pth file and cannot import the packages `absent`."""
     head = ABSENT.format(site=sysconfig.get_paths()["purelib"], absent=tuple(absent))
     return run(head + code, "-S", **environment)
+
+
+WORKER = """
+import contextlib, io, json, sys
+names = {}
+for line in sys.stdin:
+    printed, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(json.loads(line), names)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {raised}"
+    print(json.dumps([printed.getvalue(), error]), flush=True)
+"""
+
+
+class Worker:
+    """A process that runs one piece of code after the other: what it imports is imported once.
+
+    `with Worker(**environment) as worker:` starts it; names live on from piece to piece.
+    """
+
+    def __init__(self, **environment):
+        self.environment = environment
+
+    def __enter__(self):
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env={**os.environ, "OMP_NUM_THREADS": "1", **self.environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.errors.close()
+
+    def attempt(self, code):
+        """`(what it printed, the error it raised or "")`."""
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.errors.seek(0)
+            raise AssertionError(f"the process has ended: {self.errors.read()[-3000:]}")
+        return json.loads(answer)
+
+    def run(self, code):
+        """What it printed; an error fails the test."""
+        printed, error = self.attempt(code)
+        assert not error, error
+        return printed
+
+    def fail(self, code):
+        """The error, which has to come."""
+        _, error = self.attempt(code)
+        assert error, "no error was raised"
+        return error

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, quality, setups, table  # noqa: E402
+from benchmarks import adapters, cards, quality, setups, table  # noqa: E402
 
 
-def run(*command):
+def run(*command, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": path}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": path, **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -34,8 +35,77 @@ def test_quickstart():
         assert label in done.stdout
 
 
+def test_push_pull_and_continue(tmp_path):
+    with Hub() as hub:
+        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = run(sys.executable, "examples/push_and_pull.py", "me/small", "--smoke", **environment)
+        assert done.returncode == 0, done.stderr
+        assert "logits of the pulled model equal, bit for bit: True" in done.stdout
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.repositories["me/small"])
+        assert hub.commits("me/small") == 1
+        assert "| Python's language reference, perplexity over 2 x 64 tokens |" in hub.card("me/small").text
+        command = [sys.executable, "examples/continue_from_hub.py", "me/small", "me/tuned", "--smoke"]
+        done = run(*command, "--learning-rate", "1e-2", **environment)
+        assert done.returncode == 0, done.stderr
+        before, after = re.search(r"held-out perplexity: ([\d.]+) -> ([\d.]+)", done.stdout).groups()
+        assert float(after) < float(before)
+        card, files = hub.card("me/tuned"), hub.repositories["me/tuned"]
+        assert card.data.base_model == "me/small"
+        assert "## Low-rank factors" in card.text
+        modules = [json.loads(hub.repositories[name]["config.json"])["quantization_config"]["modules"]
+                   for name in ("me/small", "me/tuned")]  # fmt: skip
+        assert modules[0] == modules[1], "factors stay factors"
+        assert files["model.safetensors"] != hub.repositories["me/small"]["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", cards.CARDS)
+def test_a_committed_card_is_what_the_results_say(name):
+    committed = (cards.FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    assert cards.card(name).content == committed, "run examples/benchmarks/cards.py"
+
+
+def test_every_card_is_of_some_result():
+    assert {path.stem for path in cards.FOLDER.glob("*.md")} == {*cards.CARDS, "template"}
+
+
+@pytest.mark.parametrize("name", cards.CARDS)
+def test_the_code_in_a_card_runs(name, tmp_path):
+    """In the order of the card, against a hub that has a small model under each name."""
+    from hf_lowrank import LowRankConfig, factorize
+    from hf_lowrank.testing import tiny_model
+
+    text = (cards.FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(code) == 2
+    model, _ = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    factorize(model, LowRankConfig(method="svd", param_ratio=0.5)).save_pretrained(tmp_path / "small")
+    with Hub() as hub:
+        hub.folder(cards.BASE["base_model"], tmp_path / "dense")
+        hub.folder(f"me/{name}", tmp_path / "small")
+        blocks = [f"{block}\nassert hf_lowrank.summary(model).rows" for block in code]
+        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = run(sys.executable, "-c", "\n".join(blocks), **environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.real
+def test_report(tmp_path):
+    if not (setups.CACHE / "all-minilm-l6-v2").is_dir():
+        pytest.skip("the model is not in the cache; `make test` fetches it")
+    done = run(sys.executable, "examples/report.py", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert len(saved["layers"]) == 6 * 6 + 1
+    assert 0.58 < saved["budget"]["reached"] <= 0.6
+    # Data-free, the recorded error is that of the weight.
+    assert all(abs(layer["weight_error"] - layer["relative_error"]) < 1e-5 for layer in saved["layers"])
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+
+
 def test_commands_in_the_readmes_name_files_that_exist():
-    for readme in ("README.md", "CONTRIBUTING.md", "examples/README.md"):
+    documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for readme in documents:
         text = (ROOT / readme).read_text(encoding="utf-8")
         for path in re.findall(r"(?:examples|tests)/[\w/]+\.py", text):
             assert (ROOT / path).exists(), f"{readme} names {path}"
@@ -46,7 +116,7 @@ def test_commands_in_the_readmes_name_files_that_exist():
 def test_the_method_table_is_complete():
     import hf_lowrank
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for name in hf_lowrank.METHODS.names():
         assert f"| `{name}` |" in text
 

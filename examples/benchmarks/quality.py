@@ -4,9 +4,10 @@
 
 Writes results/quality/<variant>.json for every variant that has none yet; `table.py` makes a table of them. A variant
 is `dense`, `int8`, `int4`, or `<method>-<param_ratio>[-<calibration>]` with calibration `self` or `wikipedia`; any
-other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`. After a plus sign
-follows what is done then: `+int8` and `+int4` quantize the factors, `int4+residual` adds a LoRA of rank 16 that puts
-back the leading part of what quantizing took, calibrated on the model's own samples.
+other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`, with those of
+`Calibration` where it has more than a name. After a plus sign follows what is done then: `+int8` and `+int4` quantize
+the factors, `int4+residual` adds a LoRA of rank 16 that puts back the leading part of what quantizing took, calibrated
+on the model's own samples.
 
 Factors are computed from float32 weights; every variant is stored and measured in bfloat16. Where the model comes out
 of 4-bit weights in groups of 32, quantizing to 4 bits in the same groups loses nothing, so `int4` has groups of 64,
@@ -18,7 +19,7 @@ import gc
 import json
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,7 +31,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import setups
-from hf_lowrank import LowRankConfig, PerplexityTask, collect_statistics, evaluate, factorize, residual_adapter
+from hf_lowrank import (
+    Calibration,
+    LowRankConfig,
+    PerplexityTask,
+    collect_statistics,
+    evaluate,
+    factorize,
+    residual_adapter,
+)
 from hf_lowrank.evaluation import Size, size_of
 from hf_lowrank.formats import plain
 from hf_lowrank.surgery import match_sites
@@ -94,26 +103,31 @@ class Maker:
 
     def factorized(self, config):
         """`(model, record)` of factors."""
-        config = LowRankConfig(**config)
+        calibration = self.calibration(config.get("calibration", "self"))
+        config = LowRankConfig(**{**config, "calibration": calibration})
         seconds = {}
         seconds["load"], model = timed(lambda: self.load(torch.float32))
-        statistics = None
-        if config.needs_statistics:
-            seconds["calibration"], statistics = self.statistics(model, config)
-        seconds["factorize"], model = timed(lambda: factorize(model, config, calibration=statistics))
+        # What compares the two models takes the data itself, and its seconds are counted with the factorization.
+        if config.needs_statistics and not config.compares:
+            seconds["calibration"], calibration = self.statistics(model, config)
+        seconds["factorize"], model = timed(lambda: factorize(model, config, calibration, self.tokenizer))
         return model.to(torch.bfloat16), {"seconds": seconds, "seed": config.seed}
+
+    def calibration(self, given):
+        """A [`Calibration`] from a name or a dict of its arguments; files are those in the folder of data."""
+        calibration = Calibration(**given) if isinstance(given, dict) else Calibration(given)
+        if calibration.data.endswith((".jsonl", ".txt", ".safetensors")):
+            return replace(calibration, data=str(self.data / calibration.data))
+        return calibration
 
     def statistics(self, model, config):
         """`(seconds, statistics)`; the seconds are those of the run that collected them."""
-        calibration = config.calibration
-        if isinstance(calibration, str) and calibration.endswith((".jsonl", ".txt", ".safetensors")):
-            calibration = str(self.data / calibration)
-        key = (json.dumps(config.to_json()["method"]), str(calibration), config.seed)
+        key = (json.dumps(config.to_json()["method"]), str(config.calibration), config.seed)
         if self.collected[0] != key:
             self.collected = (None, None)
             gc.collect()
             options = {"tokenizer": self.tokenizer, "method": config.method, "seed": config.seed}
-            self.collected = (key, timed(lambda: collect_statistics(model, calibration, **options)))
+            self.collected = (key, timed(lambda: collect_statistics(model, config.calibration, **options)))
         return self.collected[1]
 
     def quantize(self, model, size, kind):
@@ -137,7 +151,9 @@ class Maker:
         dense = self.load(torch.float32)
         # With the statistics that the default method takes, so that one collection serves all variants of a run.
         seconds = {}
-        seconds["calibration"], statistics = self.statistics(dense, LowRankConfig(calibration="self"))
+        seconds["calibration"], statistics = self.statistics(
+            dense, LowRankConfig(calibration=self.calibration("self"))
+        )
         targets = [site.name for site in match_sites(dense)]
         options = {"rank": RESIDUAL_RANK, "method": "whitened_svd", "target_modules": targets}
         seconds["residual"], model = timed(lambda: residual_adapter(model, dense, statistics=statistics, **options))

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..checks import is_integer
 from ..errors import ComputedWeightError, RankError
 from ..linalg import require_finite
 from ..registry import Registry
@@ -270,7 +271,7 @@ def as_parameter(tensor, dtype):
 def check_rank(rank, out_features, in_features, name="this weight"):
     """Refuse anything but an integer rank in `1 .. min(out, in)`."""
     limit = min(out_features, in_features)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+    if not is_integer(rank, 1) or rank > limit:
         raise RankError(
             f"rank={rank!r} for {name} must be an integer in 1..{limit} = min(out, in) of its "
             f"{out_features} x {in_features} weight; change it in `rank` or `rank_pattern`, or leave it to "

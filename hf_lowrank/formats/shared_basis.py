@@ -1,6 +1,7 @@
 import torch
 from torch import nn
 
+from ..checks import is_integer
 from ..errors import CheckpointError, LowRankError, RankError
 from .base import FormatLinear, as_parameter, plain, register_format, shape_of
 
@@ -57,7 +58,7 @@ class SharedBasisLinear(FormatLinear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, transposed)
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= in_features:
+        if not is_integer(rank, 1) or rank > in_features:
             raise RankError(
                 f"rank={rank!r} of a shared basis must be an integer in 1..{in_features}, the number of inputs; "
                 "change it in `rank` or `rank_pattern`, or leave it to the allocator."

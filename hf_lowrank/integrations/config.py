@@ -8,12 +8,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS, SharedBasisLinear
+from ..readme import repository
 from ..recipe import Recipe
+from ..versions import versions
 from .composite import as_inner, group_size
 
 
 QUANT_METHOD = "lowrank"
 VERSION = 1
+# What the `recipe` of a checkpoint says beside arguments of `LowRankConfig`.
+RECORDED = ("base_model", "versions")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,7 +51,8 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         if not options.get("modules"):
             # Constructor arguments, or what `to_dict` makes of a configuration that is yet to be carried out.
             options.pop("modules", None)
-            options = {**(options.pop("recipe", None) or {}), **options}
+            recipe = options.pop("recipe", None) or {}
+            options = {**{key: value for key, value in recipe.items() if key not in RECORDED}, **options}
             if isinstance(options.get("calibration"), dict):
                 # A record of calibration data, not the data.
                 del options["calibration"]
@@ -87,6 +92,18 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
     def rank_step(self):
         # A rank is the length of the rows of a left factor, which an inner quantizer may divide into groups.
         return group_size(self.inner)
+
+    def record(self, model, calibration):
+        """Keep as `recipe` what is being carried out: the arguments, on which model and data, by which versions.
+
+        Args:
+            model (`torch.nn.Module`): dense, or what is left of it.
+            calibration (`dict`, *optional*): JSON that describes the data.
+        """
+        self.recipe = {**self.to_json(), "calibration": calibration, "versions": versions()}
+        base = repository(getattr(model, "name_or_path", None))
+        if base is not None:
+            self.recipe["base_model"] = base
 
     def to_dict(self):
         described = {

@@ -143,7 +143,7 @@ class LowRankQuantizer(CompositeQuantizer):
                 )
             self.session.statistics.check(self.plan.statistics_shapes(config.method.statistics))
         config.modules = self.plan.specs()
-        config.recipe = {**config.to_json(), "calibration": self.session.provenance or None}
+        config.record(model, self.session.provenance or None)
         self._largest = max((_dense_bytes(site) for site in self.plan.sites.values()), default=0)
         for site in self.plan.members.values():
             dtype = _dtype(model, site)

@@ -100,7 +100,7 @@ def describe(model, config, provenance):
         config ([`LowRankConfig`]): how; its `recipe` becomes part of what is saved.
         provenance (`dict`, *optional*): JSON that describes the calibration data.
     """
-    config.recipe = {**config.to_json(), "calibration": provenance}
+    config.record(model, provenance)
     for part in _outermost_pretrained(model):
         if factorized(part):
             attach(part, config)

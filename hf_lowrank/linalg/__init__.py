@@ -1,9 +1,9 @@
 """Matrix problems: tensors in, tensors out. Knows nothing of modules, models or files."""
 
-from .blocks import times
+from .blocks import difference_energy, times
 from .pivoting import row_basis
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
-from .svd import balanced, require_finite, singular_energies, truncated_svd
+from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
 
@@ -13,9 +13,11 @@ __all__ = [
     "band_names",
     "band_sizes",
     "column_weighted",
+    "difference_energy",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
+    "product_singular_values",
     "psd_safe_cholesky",
     "psd_sqrt",
     "require_finite",

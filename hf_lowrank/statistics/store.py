@@ -8,7 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import StatisticsError
+from ..parts import writing
 from .base import STATISTICS
+from .push import push_statistics
 
 
 FORMAT = "hf_lowrank.statistics"
@@ -85,13 +87,36 @@ class Statistics:
     def save(self, path):
         """Write everything to one safetensors file; the file appears only when it is complete."""
         header = {"format": FORMAT, "version": VERSION, "leaders": self.leaders, "provenance": self.provenance}
-        partial = f"{os.fspath(path)}.partial"
-        try:
+        with writing(path) as partial:
             _write(partial, self._shapes, self._read, {"hf_lowrank": json.dumps(header)})
-            os.replace(partial, path)
-        finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+
+    def push_to_hub(
+        self,
+        repo_id,
+        path_in_repo="statistics.safetensors",
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        commit_message="Upload calibration statistics",
+    ):
+        """Put the file into a repository on the Hub, with a card: one commit, or none.
+
+        `calibration="owner/repository/statistics.safetensors"` reads it from there.
+
+        Args:
+            repo_id (`str`): created if it is not there.
+            path_in_repo (`str`, defaults to `"statistics.safetensors"`): one repository can hold many.
+            private (`bool`, *optional*): of a repository that is created.
+            token (`str` or `bool`, *optional*): as in `huggingface_hub`.
+            revision (`str`, *optional*): a branch, made if it is not there.
+            create_pr (`bool`, defaults to `False`): open a pull request instead.
+            commit_message (`str`, *optional*): its summary.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        return push_statistics(self, repo_id, path_in_repo, private, token, revision, create_pr, commit_message)
 
     @staticmethod
     def load(path):

@@ -1,12 +1,12 @@
 """Mixed-rank fine-tuning: draw a branch for every layer and step, and compare two draws of a step."""
 
-import math
 from contextlib import contextmanager
 
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..checks import is_integer, is_number
 from ..draws import draw, refuse_sharded, two_branch_layers
 from ..errors import ConfigError, TargetError
 from ..refine.distillation import logit_loss
@@ -36,13 +36,13 @@ class MixedRankCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, probability=0.5, anneal_fraction=0.5, anneal_steps=None, seed=0):
-        if not _is_number(probability) or not 0 <= probability <= 1:
+        if not is_number(probability) or not 0 <= probability <= 1:
             raise ConfigError(f"`probability`={probability!r} must be in [0, 1]: that of the full-rank weight.")
-        if not _is_number(anneal_fraction) or not 0 < anneal_fraction <= 1:
+        if not is_number(anneal_fraction) or not 0 < anneal_fraction <= 1:
             raise ConfigError(f"`anneal_fraction`={anneal_fraction!r} must be in (0, 1], a part of the run.")
         for name, value, least in (("anneal_steps", anneal_steps, 1), ("seed", seed, 0)):
             given = value is not None or name == "seed"
-            if given and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if given and not is_integer(value, least):
                 raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")
         self.probability = probability
         self.anneal_fraction = anneal_fraction
@@ -111,7 +111,7 @@ class MixedRankTrainer(Trainer):
     """
 
     def __init__(self, *args, consistency_weight=1.0, consistency="kl", **kwargs):
-        if not _is_number(consistency_weight) or consistency_weight < 0:
+        if not is_number(consistency_weight) or consistency_weight < 0:
             raise ConfigError(f"`consistency_weight`={consistency_weight!r} must be a number of at least 0.")
         if consistency not in ("kl", "mse"):
             raise ConfigError(f"`consistency`={consistency!r} must be 'kl' or 'mse'.")
@@ -206,7 +206,3 @@ def _replaced_forward(module, replacement):
             del module.forward
         else:
             module.forward = own
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ...checks import is_integer
 from ...errors import CheckpointError, ConfigError, LowRankError, TargetError
 from ...formats import FormatLinear, is_packed, plain
 from ...linalg import balanced
@@ -52,7 +53,7 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         as quantized weights.
     """
     peft = require_peft("residual_adapter")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_integer(rank, 1):
         raise ConfigError(f"`rank`={rank!r} of residual_adapter must be an integer of at least 1.")
     method = METHODS.build(method or ("svd" if statistics is None else "whitened_svd"))
     if method.shifts:
