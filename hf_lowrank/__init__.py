@@ -41,6 +41,7 @@ from .integrations import (
     factorize,
     model_card,
     residual_adapter,
+    share_initializers,
     to_dense,
     train_only,
 )
@@ -113,6 +114,7 @@ __all__ = [
     "register_statistic",
     "report",
     "residual_adapter",
+    "share_initializers",
     "summary",
     "text_samples",
     "to_dense",

@@ -128,7 +128,7 @@ def make_plan(model, recipe, available=None, measured=None):
             dense.extend(member.name for member in site.members)
             continue
         check_rank(rank, site.out_features, site.in_features, site.name)
-        _check_multiple(site, rank)
+        _check_multiple(site, rank, recipe)
         _check_shift(site, recipe)
         # A rank the user names for one module is kept even where it saves nothing; a global one is not.
         pinned = any(pattern_for(member.name, recipe.rank_pattern) is not None for member in site.members)
@@ -217,7 +217,7 @@ def _warn_if_over(free, chosen, budget, recipe):
 def _candidate(model, site, recipe, measured):
     format = FORMATS[format_for(site, recipe)]
     shape = site.out_features, site.in_features
-    least = site.kind.min_rank_multiple
+    least = _rank_step(site, recipe)
     curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
     cost, dense_cost = _costs(model, site, format, recipe, measured)
     return Candidate(
@@ -278,12 +278,16 @@ def _check_shift(site, recipe):
         )
 
 
-def _check_multiple(site, rank):
-    least = site.kind.min_rank_multiple
+def _rank_step(site, recipe):
+    return math.lcm(site.kind.min_rank_multiple, recipe.rank_step)
+
+
+def _check_multiple(site, rank, recipe):
+    least = _rank_step(site, recipe)
     if rank % least:
         raise RankError(
-            f"rank={rank} for {site.name} must be a multiple of {least}, since its kernel reads aligned rows; round "
-            "it in `rank` or `rank_pattern`."
+            f"rank={rank} for {site.name} must be a multiple of {least}, since its kernel reads aligned rows, or "
+            "`quantization_config` divides rows into groups; round it in `rank` or `rank_pattern`."
         )
 
 

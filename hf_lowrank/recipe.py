@@ -30,7 +30,7 @@ class Recipe:
             counts latency: time taken / time of the dense linears.
         target_params (`int`, *optional*): parameters the targeted linears may keep, at least 1.
         target_bytes (`int`, *optional*): bytes of the whole model's safetensors files, everything counted; met from
-            below, to within one rank step of one weight.
+            below, to within one rank step of one weight. Where factors are quantized too, of those before that.
         rank (`int`, *optional*): the same rank for every target; at break-even and above a weight stays dense.
         energy (`float`, *optional*): share of the squared weight, in the method's metric, that every weight keeps at
             least, in (0, 1]; there is no budget then, and `allocation` is not asked.
@@ -175,6 +175,11 @@ class Recipe:
                 raise ConfigError(
                     f"`rank_pattern`[{pattern!r}]={rank!r} must be an integer of at least 1, or {DENSE!r}."
                 )
+
+    @property
+    def rank_step(self):
+        """What every rank has to be a multiple of, whatever `rank_multiple` is."""
+        return 1
 
     @property
     def needs_statistics(self):

@@ -32,6 +32,20 @@ def stored_bytes(model, sites=(), shifts=False):
     return total + sum(_entries(site, shifts) * (len(site.name) + ENTRY) for site in sites)
 
 
+def tensor_bytes(tensor):
+    """Bytes of a tensor; of one that packs others (torchao's are such), the bytes of all of these."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def numbers(tensor):
+    """How many numbers a tensor stands for; of 4-bit integers that bitsandbytes packs in bytes, those before."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else state.shape.numel()
+
+
 def _entries(site, shifts):
     """How many more tensors a site may take than the dense model has parameters for it."""
     return 2 * site.copies if site.copies > 1 else 1 + (shifts and not site.bias)

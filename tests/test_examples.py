@@ -222,6 +222,48 @@ def test_pretraining(tmp_path):
     assert "| tinyshakespeare | sltrain, magnitude | 1 |" in again.stdout
 
 
+def test_variants_after_a_plus_sign_are_quantized_or_corrected(tmp_path, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from hf_lowrank.testing import tiny_model
+
+    monkeypatch.setattr(quality, "GROUP", 32)
+    dense, inputs = tiny_model("llama")
+    dense.save_pretrained(tmp_path)
+    maker = quality.Maker(tmp_path, None, tmp_path)
+    names = ("svd-0.5", "svd-0.5+int8", "svd-0.9+int4", "int4", "int4+residual")
+    made = {name: maker.make(name, quality.parse(name)) for name in names}
+    sizes = {name: size for name, (_, size, _) in made.items()}
+    assert sizes["svd-0.5+int8"].linear_parameters == sizes["svd-0.5"].linear_parameters
+    assert sizes["svd-0.5+int8"].linear_bytes < 0.65 * sizes["svd-0.5"].linear_bytes
+    # Half a byte a number, and a scale and a zero of two bytes for 32 of them; matrices too small for a rank of 32
+    # have a left factor that cannot be divided so.
+    matrices = [p for name, p in made["svd-0.9+int4"][0].named_parameters() if "layers" in name and p.ndim == 2]
+    expected = sum(p.numel() * (1 / 2 + 4 / 32 if p.shape[1] % 32 == 0 else 2) for p in matrices)
+    assert sizes["svd-0.9+int4"].linear_bytes == expected < sizes["int4"].linear_bytes
+    corrected = made["int4+residual"][0]
+    lora = [p for name, p in corrected.named_parameters() if "lora_" in name]
+    added = sum(p.numel() for p in lora)
+    assert {p.dtype for p in lora} == {torch.bfloat16}
+    assert sizes["int4+residual"].bytes == sizes["int4"].bytes + 2 * added
+    assert added == 16 * sum(sum(m.weight.shape) for name, m in dense.named_modules() if name.endswith("_proj"))
+
+    def lost(model):
+        return (model(**inputs()).logits.float() - dense(**inputs()).logits).norm().item()
+
+    assert lost(corrected) < 0.8 * lost(made["int4"][0])
+    assert {"quantization", "residual"} <= set(made["int4+residual"][2])
+
+
+def test_export_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'hf-lowrank[export]'")
+    done = run(sys.executable, "examples/export_onnx.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(dense|factors|factors in int8) +([\d.]+) +[\d.]+ +(\S+)$", done.stdout, re.M)
+    assert [name for name, _, _ in rows] == ["dense", "factors", "factors in int8"]
+    assert float(rows[1][2]) < 1e-5
+
+
 def test_adapter_speed():
     pytest.importorskip("peft", reason="peft is not installed")
     done = run(sys.executable, "examples/benchmarks/adapter_speed.py", "--tiny")
@@ -237,11 +279,12 @@ def test_quality(tmp_path):
         pytest.skip("no data (HF_LOWRANK_DATA) or no model in the cache; `make test` fetches the model")
     pytest.importorskip("torchao", reason="torchao is not installed")
     command = [sys.executable, "examples/benchmarks/quality.py", "--data", str(data), "--output", str(tmp_path)]
-    sizes = ["--window", "256", "--windows", "2", "--limit", "2", "--variants", "dense", "int8", "int4", "svd-0.9"]
+    sizes = ["--window", "256", "--windows", "2", "--limit", "2", "--variants"]
+    sizes += ["dense", "int8", "int4", "svd-0.9", "svd-0.9+int8"]
     done = run(*command, *sizes)
     assert done.returncode == 0, done.stderr
     results = {entry["variant"]: entry["evaluation"] for entry in table.read(tmp_path)}
-    assert list(results) == ["dense", "svd-0.9", "int8", "int4"], "largest first"
+    assert list(results) == ["dense", "svd-0.9", "int8", "svd-0.9+int8", "int4"], "largest first"
     dense, int8, int4 = (results[name]["perplexity"]["wikitext2"]["perplexity"] for name in ("dense", "int8", "int4"))
     assert abs(int8 / dense - 1) < 0.05
     assert dense < int4 < 2 * dense

@@ -4,7 +4,17 @@ import sys
 
 from ..registry import import_submodules
 from ._face import LinearFace, put_face_on, take_face_off
-from .base import FORMATS, DenseView, FormatLinear, as_parameter, check_rank, exact_factors, plain, register_format
+from .base import (
+    FORMATS,
+    DenseView,
+    FormatLinear,
+    as_parameter,
+    check_rank,
+    exact_factors,
+    is_packed,
+    plain,
+    register_format,
+)
 from .dense_sparse import DenseSparseLinear
 from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
@@ -27,6 +37,7 @@ __all__ = [
     "as_parameter",
     "check_rank",
     "exact_factors",
+    "is_packed",
     "plain",
     "put_face_on",
     "register_format",

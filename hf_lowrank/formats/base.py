@@ -42,10 +42,11 @@ class DenseView(torch.Tensor):
     @staticmethod
     def __new__(cls, layer, transposed=None, detached=False):
         reference = next(layer.parameters())
+        dtype = reference.dtype if reference.is_floating_point() else torch.float32
         shape = (layer.out_features, layer.in_features)
         transposed = layer.transposed if transposed is None else transposed
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if transposed else shape, dtype=reference.dtype, device=reference.device
+            cls, shape[::-1] if transposed else shape, dtype=dtype, device=reference.device
         )
 
     def __init__(self, layer, transposed=None, detached=False):
@@ -247,10 +248,33 @@ def exact_factors(weight, eps):
     return basis[:, :rank] * root, root[:, None] * rows[:rank]
 
 
-def plain(weight):
-    """The numbers that a parameter stands for: itself, or what a quantized tensor dequantizes to."""
-    quantized = type(weight).dequantize is not torch.Tensor.dequantize
-    return weight.dequantize() if quantized else weight
+def is_packed(weight):
+    """Whether a quantizer has packed `weight`: into a tensor of a class of its own, or into integers."""
+    own = type(weight).dequantize is not torch.Tensor.dequantize
+    # torchao's tensors say what they consist of; not all of them can be unpacked.
+    return own or not weight.is_floating_point() or hasattr(weight, "tensor_data_names")
+
+
+def plain(linear):
+    """The weight `(out, in)` that a linear applies: its own, or what a packed one stands for.
+
+    Where a packed weight has no way back, it is what the layer makes of the identity, in float32 if it is of integers.
+    """
+    weight = linear.weight
+    if not is_packed(weight):
+        return weight
+    if type(weight).dequantize is not torch.Tensor.dequantize:
+        return weight.dequantize()
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    with torch.no_grad():
+        rows = linear(torch.eye(linear.in_features, dtype=dtype, device=weight.device))
+        return (rows if linear.bias is None else rows - linear.bias).T.contiguous()
+
+
+def shape_of(linear):
+    """`(out, in)` of a linear; packed integers have a shape of their own, so that there the layer is asked."""
+    weight = linear.weight
+    return tuple(weight.shape) if weight.is_floating_point() else (linear.out_features, linear.in_features)
 
 
 def as_parameter(tensor, dtype):

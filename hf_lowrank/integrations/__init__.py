@@ -11,6 +11,7 @@ from .from_pretrained import install_keyword
 from .guard import install_guard
 from .hub import install_push
 from .model_card import model_card
+from .onnx import share_initializers
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
@@ -35,6 +36,7 @@ __all__ = [
     "factorize",
     "model_card",
     "residual_adapter",
+    "share_initializers",
     "to_dense",
     "train_only",
 ]

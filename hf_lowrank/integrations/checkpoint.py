@@ -31,9 +31,9 @@ def stored_keys(files):
     return found
 
 
-def parameter_names(model, keys, key_mapping=None):
+def parameter_names(model, keys, key_mapping=None, quantizer=None):
     """The parameter names of `model` that loading `keys` will fill, after transformers' own renaming and merging."""
-    mapping = get_model_conversion_mapping(model, key_mapping)
+    mapping = get_model_conversion_mapping(model, key_mapping, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...checks import is_integer
 from ...errors import CheckpointError, ConfigError, LowRankError, TargetError
-from ...formats import FormatLinear, plain
+from ...formats import FormatLinear, is_packed, plain
 from ...linalg import balanced
 from ...methods import METHODS
 from ...surgery import all_sites, factorized, matches
@@ -105,9 +105,7 @@ def _targets(model, wanted):
     """`{name: layer}` of what is to be corrected."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FormatLinear)}
     if wanted is None and not layers:
-        layers = {
-            name: module for name, module in _linears(model).items() if plain(module.weight) is not module.weight
-        }
+        layers = {name: module for name, module in _linears(model).items() if is_packed(module.weight)}
     if wanted is not None:
         layers = {**_linears(model), **layers}
         layers = {name: layer for name, layer in layers.items() if matches(wanted, name.replace(".base_layer", ""))}
@@ -134,7 +132,7 @@ def _update(name, layer, weights, method, rank, statistics):
     if isinstance(layer, FormatLinear):
         applied = layer.exact_weight()
     else:
-        applied = plain(layer.weight).detach().double()
+        applied = plain(layer).detach().double()
     dense = weights.read(name.replace(".base_layer", ""), getattr(layer, "transposed", False)).to(applied.device)
     if dense.shape != applied.shape:
         raise CheckpointError(
