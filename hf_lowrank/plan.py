@@ -182,7 +182,9 @@ def _budget(model, sites, recipe, candidates, fixed):
     if recipe.target_bytes is None:
         return recipe.target_params
     members = [member for site in sites for member in site.members]
-    rest = stored_bytes(model, members, recipe.method.shifts) - sum(candidate.dense_cost for candidate in free)
+    tensors = max(FORMATS[format_for(site, recipe)].tensors for site in sites)
+    rest = stored_bytes(model, members, recipe.method.shifts, tensors)
+    rest -= sum(candidate.dense_cost for candidate in free)
     for name, rank in fixed.items():
         if rank != DENSE:
             rest += candidates[name].cost(rank) - candidates[name].dense_cost

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_lowrank import ConfigError, Latencies, LowRankConfig, factorize, measure_latencies, summary
+from hf_lowrank import FORMATS, METHODS, ConfigError, Latencies, LowRankConfig, factorize, measure_latencies, summary
 from hf_lowrank.allocation.knapsack import Knapsack
 from hf_lowrank.latency import Times
 from hf_lowrank.surgery import match_sites
@@ -96,6 +96,20 @@ def test_measured_on_the_way(name, tmp_path):
     config = LowRankConfig(method="svd", allocation={"name": "knapsack", "cost": "latency"}, param_ratio=0.9)
     AutoModelForCausalLM.from_pretrained(tmp_path, lowrank_config=config, dtype=torch.bfloat16)
     factorize(model, config)
+
+
+@pytest.mark.parametrize("method", ["dsformer", "sparse_low_rank", "svd"])
+def test_layers_are_timed_as_their_method_lays_them_out(method, monkeypatch):
+    made = METHODS[method]()
+    # The stored numbers in the place of nanoseconds.
+    monkeypatch.setattr(
+        "hf_lowrank.latency._median", lambda layer, inputs: sum(t.numel() for t in layer.state_dict().values())
+    )
+    times = measure_latencies([(48, 32)], format=made.format, layout=made.layout).of(48, 32)
+    format = FORMATS[made.format]
+    assert times.dense == 48 * 32
+    assert times.ranks == {rank: format.cost(48, 32, rank, **made.layout(48, 32, rank)) for rank in times.ranks}
+    assert max(times.ranks) + 8 >= format.break_even(48, 32, made.layout) > max(times.ranks)
 
 
 def test_refusals(llama, tmp_path):

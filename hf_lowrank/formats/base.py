@@ -115,6 +115,7 @@ class FormatLinear(nn.Module):
         output_rows (`tuple[str]`): the tensors with one row an output, by which outputs can be reordered; empty if a
             format has none.
         input_columns (`tuple[str]`): the matrices with one column an input; empty if a format has none.
+        tensors (`int`): how many a layer stores at most, bias excluded.
 
     A subclass has a property `rank`. What else its constructor takes to tell shapes is its layout: keyword arguments
     of `cost` and `stored_bytes` too, and entries of `spec()`.
@@ -125,6 +126,7 @@ class FormatLinear(nn.Module):
     lent: ClassVar[tuple] = ()
     output_rows: ClassVar[tuple] = ()
     input_columns: ClassVar[tuple] = ()
+    tensors: ClassVar[int] = 2
 
     def __init__(self, in_features, out_features, transposed=False):
         super().__init__()

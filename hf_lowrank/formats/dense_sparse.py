@@ -47,6 +47,7 @@ class DenseSparseLinear(FormatLinear):
 
     bias_name = "output_bias"
     input_columns = ("dictionary.weight",)
+    tensors = 3
 
     def __init__(
         self,

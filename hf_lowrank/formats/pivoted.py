@@ -42,6 +42,7 @@ class PivotedLinear(FormatLinear):
     bias_name = "output_bias"
     output_rows = ("order", "output_bias")
     input_columns = ("basis.weight",)
+    tensors = 3
 
     def __init__(
         self,

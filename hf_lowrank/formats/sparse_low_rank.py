@@ -44,6 +44,7 @@ class SparseLowRankLinear(FormatLinear):
     """
 
     bias_name = "output_bias"
+    tensors = 4
 
     def __init__(
         self,

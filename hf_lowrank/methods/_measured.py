@@ -10,8 +10,8 @@ from .base import Method
 class Measured(Method):
     """What methods share whose error has no closed form: the squared error of the weight, found by factorizing.
 
-    An error curve costs a factorization for every rank; allocations that ask for one (`knapsack`, `energy`) take hours
-    on large weights.
+    An error curve costs a factorization for every rank, which makes allocations slow that ask for one (`knapsack`,
+    `energy`).
     """
 
     searches: ClassVar[bool] = True

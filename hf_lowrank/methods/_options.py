@@ -3,13 +3,12 @@
 from ..errors import ConfigError
 
 
-def check_share(method, name, low=0.0, open_low=False):
-    """Refuse an option that is no number in [low, 1], or in (low, 1] with `open_low`."""
+def check_share(method, name, open_low=False):
+    """Refuse an option that is no number in [0, 1], or in (0, 1] with `open_low`."""
     value = getattr(method, name)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= 1 or (open_low and value == low):
-        bounds = f"{'(' if open_low else '['}{low:g}, 1]"
-        raise ConfigError(f"`{name}`={value!r} of {method.name} must be in {bounds}.")
+    if not number or not 0 <= value <= 1 or (open_low and value == 0):
+        raise ConfigError(f"`{name}`={value!r} of {method.name} must be in {'(' if open_low else '['}0, 1].")
 
 
 def check_count(method, name, least):

@@ -21,9 +21,9 @@ def check_format(format, rows=24, columns=40, rank=8, make=None):
     two dense factors; at full rank, those of `make_weight(rows, columns)`.
 
     `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
-    `cost` and `stored_bytes` are what is stored, integers included; the lowest and the full rank work; casts work;
-    `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows` and
-    `input_columns` are just that.
+    `cost`, `stored_bytes` and `tensors` are what is stored, integers included; the lowest and the full rank work;
+    casts work; `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows`
+    and `input_columns` are just that.
     """
     assert FORMATS[format.name] is format
     make = make or _factors
@@ -36,6 +36,7 @@ def check_format(format, rows=24, columns=40, rank=8, make=None):
             _check_round_trip(format, layer, bias is not None, transposed)
             _check_weight(layer, transposed)
             _check_channels(layer)
+    assert len(layer.state_dict()) <= format.tensors
     stored = sum(tensor.numel() for tensor in layer.state_dict().values())
     assert stored == format.cost(rows, columns, rank, **factors.layout)
     size = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
