@@ -31,6 +31,7 @@ from .formats import (
     PivotedLinear,
     SharedBasisLinear,
     SparseLowRankLinear,
+    WeightedBasesLinear,
     register_format,
 )
 from .integrations import (
@@ -48,7 +49,7 @@ from .integrations import (
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
-from .passes import fold_order
+from .passes import fold_order, merge_linear
 from .recipe import Recipe
 from .reporting import RankProfile, Report, Sample, Summary, rank_profile, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
@@ -101,11 +102,13 @@ __all__ = [
     "Summary",
     "TargetError",
     "UnknownNameError",
+    "WeightedBasesLinear",
     "collect_statistics",
     "evaluate",
     "factorize",
     "fold_order",
     "measure_latencies",
+    "merge_linear",
     "model_card",
     "rank_profile",
     "register_allocator",
@@ -124,11 +127,17 @@ __all__ = [
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
 NEED_TRAINER = (
+    "BasisSelectionCallback",
     "FirstOrderPruningCallback",
+    "MaestroCallback",
+    "MaestroTrainer",
     "MixedRankCallback",
     "MixedRankTrainer",
+    "SequentialFreezingCallback",
     "StraightThroughFactorizerCallback",
     "TrainedRankPruningCallback",
+    "keep_leading",
+    "maestro_ranks",
 )
 
 register_tuners()

@@ -210,7 +210,7 @@ def _warn_if_over(free, chosen, budget, recipe):
             "The budget is %d %s, but even the smallest allowed ranks keep %d of %d; lower `rank_multiple` or raise "
             "the budget.",
             budget,
-            "nanoseconds" if recipe.needs_latencies else "parameters",
+            "nanoseconds" if recipe.allocation.cost == "latency" else "parameters",
             kept,
             sum(candidate.dense_cost for candidate in free),
         )
@@ -222,6 +222,7 @@ def _candidate(model, site, recipe, measured):
     least = _rank_step(site, recipe)
     curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
     cost, dense_cost = _costs(model, site, format, recipe, measured)
+    times = measured.latencies.of(*shape) if recipe.needs_latencies and measured.latencies is not None else None
     return Candidate(
         name=site.name,
         out_features=site.out_features,
@@ -234,6 +235,8 @@ def _candidate(model, site, recipe, measured):
         curve=None if curve is None else curve[1:].tolist(),
         total=None if curve is None else float(curve[0]),
         dense_cost=dense_cost,
+        time=None if times is None else times.at,
+        dense_time=None if times is None else times.dense,
     )
 
 
@@ -254,7 +257,7 @@ def _costs(model, site, format, recipe, measured):
             f"`allocation`={recipe.allocation.name!r} counts time, and {site.name} shares a basis with others, "
             "which is not measured; count parameters, or leave `joint_groups` and `share_layers` unset."
         )
-    if recipe.needs_latencies and measured.latencies is not None:
+    if recipe.allocation.cost == "latency" and recipe.needs_latencies and measured.latencies is not None:
         times = measured.latencies.of(*shape)
         return lambda rank: site.copies * times.at(rank), site.copies * times.dense
     return lambda rank: site.copies * (format.cost(*shape, rank, **layout(rank)) + bias), dense

@@ -130,6 +130,11 @@ class Recipe:
                     f"`{name}` counts what is stored, and `allocation`={self.allocation.name!r} with cost='latency' "
                     "counts time; give `param_ratio`, which is then the fraction of the dense linears' time."
                 )
+        if self.target_bytes is not None and self.allocation.needs_latencies:
+            raise ConfigError(
+                f"`target_bytes` spends what `allocation`={self.allocation.name!r} with rounding='latency' leaves; "
+                "give `param_ratio` or `target_params`."
+            )
 
     def _check_start(self):
         if not self.method.initialises:
@@ -211,7 +216,7 @@ class Recipe:
     @property
     def needs_latencies(self):
         """Whether ranks depend on how fast factorized layers run."""
-        return self.energy is None and self.rank is None and self.allocation.cost == "latency"
+        return self.energy is None and self.rank is None and self.allocation.needs_latencies
 
     def to_json(self):
         """The recipe as plain JSON, defaults included; the calibration is described by whoever resolved it."""

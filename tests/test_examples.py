@@ -15,7 +15,7 @@ from hub import Hub
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, cards, quality, runs, setups, table, training  # noqa: E402
+from benchmarks import adapters, basis_selection, cards, quality, runs, setups, table, training  # noqa: E402
 
 
 def run(*command, **environment):
@@ -270,6 +270,34 @@ def test_adapter_speed():
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(\w[\w, ]*?) {2,}(\d\.\d{3})", done.stdout, re.M))
     assert rows == dict.fromkeys(("lora", "wara", "wara, db4", "wara, db4, shared"), "1.000"), "equal parameters"
+
+
+def test_training_speed():
+    done = run(sys.executable, "examples/benchmarks/training_speed.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    for line in (r"left rests +\d", r"turns +\d", r"by latency +step \d", r"pairs +7\n"):
+        assert re.search(line, done.stdout), line
+
+
+def test_basis_selection_is_compared_at_its_size_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    task = basis_selection.Tiny()
+    basis_selection.measure(task, path, 0.5, ["basis_selection"], 1, 6)
+    first = json.loads(path.read_text())
+    basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 6)
+    found = json.loads(path.read_text())
+    assert found["runs"]["basis_selection"] == first["runs"]["basis_selection"]
+    kept = {variant: runs["0"]["kept"] for variant, runs in found["runs"].items()}
+    assert kept["dense"] == 1
+    assert kept["basis_selection"] < 0.6
+    # Ranks of these small weights are coarse.
+    assert kept["basis_selection"] - 0.05 < kept["svd_llm"] <= kept["basis_selection"]
+    assert all(0 < runs["0"]["score"] < 2 * found["before"] for runs in found["runs"].values())
+    capsys.readouterr()
+    basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 6)
+    assert "perplexity" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was measured otherwise"):
+        basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 7)
 
 
 @pytest.mark.real

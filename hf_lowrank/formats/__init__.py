@@ -20,6 +20,7 @@ from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
 from .sparse_low_rank import SparseLowRankLinear
+from .weighted_bases import WeightedBasesLinear
 
 
 import_submodules(sys.modules[__name__])
@@ -34,6 +35,7 @@ __all__ = [
     "PivotedLinear",
     "SharedBasisLinear",
     "SparseLowRankLinear",
+    "WeightedBasesLinear",
     "as_parameter",
     "check_rank",
     "exact_factors",
