@@ -24,8 +24,8 @@ def as_inner(config):
         )
     if method_of(config) not in INNER:
         raise ConfigError(
-            f"`quantization_config` is for {method_of(config)!r}, which does not quantize factors while they load; those "
-            f"that do are {list(INNER)}. Leave it out to keep the factors as they are."
+            f"`quantization_config` is for {method_of(config)!r}, which does not quantize factors while they load; "
+            f"{list(INNER)} do. Leave it out to keep the factors as they are."
         )
     return config
 
