@@ -6,9 +6,8 @@ them from there; this class answers transformers' questions with the answers of 
 
 import logging
 
-from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ConfigError, ResourceError
 from ..formats import is_packed
@@ -17,8 +16,6 @@ from ..surgery import factorized
 
 logger = logging.getLogger(__name__)
 
-# Quantizers of linears that load, save and load again here with the same logits.
-INNER = ("torchao", "bitsandbytes")
 # By what they refuse a tensor: its shape, its device, a kernel that is not there.
 REFUSALS = (AssertionError, ImportError, RuntimeError, TypeError, ValueError)
 
@@ -147,34 +144,6 @@ class CompositeQuantizer(HfQuantizer):
     @property
     def is_compileable(self):
         return self.inner.is_compileable
-
-
-def as_inner(config):
-    """A configuration that can be an inner one, from what a user gives as `quantization_config`.
-
-    Raises:
-        ConfigError: it is no configuration, or one of a quantizer that cannot take factors.
-    """
-    if isinstance(config, dict):
-        config = AutoQuantizationConfig.from_dict(config)
-    if not isinstance(config, QuantizationConfigMixin):
-        raise ConfigError(
-            f"`quantization_config` must be a transformers quantization config or a dict, not {type(config).__name__}."
-        )
-    if config.quant_method not in INNER:
-        method = getattr(config.quant_method, "value", config.quant_method)
-        raise ConfigError(
-            f"`quantization_config` is for {method!r}, which does not quantize factors while they load; those that do "
-            f"are {list(INNER)}. Leave it out to keep the factors as they are."
-        )
-    return config
-
-
-def group_size(config):
-    """How many numbers of a row share a scale in a configuration of torchao; 1 where rows are not divided."""
-    kind = getattr(config, "quant_type", None)
-    found = getattr(kind, "group_size", None) or getattr(getattr(kind, "granularity", None), "group_size", None)
-    return found or 1
 
 
 def _warn_of_unpacked(model):

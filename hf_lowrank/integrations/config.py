@@ -11,7 +11,7 @@ from ..formats import FORMATS, SharedBasisLinear
 from ..readme import repository
 from ..recipe import Recipe
 from ..versions import versions
-from .composite import as_inner, group_size
+from .inner import as_inner, group_size, method_of
 
 
 QUANT_METHOD = "lowrank"
@@ -112,7 +112,9 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
             "recipe": self.to_json() if self.recipe is None else self.recipe,
             "modules": self.modules or {},
         }
-        return described if self.inner is None else {**described, "inner": self.inner.to_dict()}
+        if self.inner is not None:
+            described["inner"] = {**self.inner.to_dict(), "quant_method": method_of(self.inner)}
+        return described
 
     def __iter__(self):
         yield from self.to_dict().items()

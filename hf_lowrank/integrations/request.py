@@ -6,8 +6,8 @@ import logging
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
-from .composite import as_inner
 from .config import QUANT_METHOD, LowRankConfig
+from .inner import as_inner, method_of
 
 
 logger = logging.getLogger(__name__)
@@ -87,10 +87,7 @@ def quantizing(cls, args, kwargs, inner):
 def stored_method(cls, args, kwargs):
     """How the checkpoint is quantized, by the name of the method, or `None`."""
     stored = getattr(model_config(cls, args, kwargs), "quantization_config", None)
-    if stored is None:
-        return None
-    method = stored.get("quant_method") if isinstance(stored, dict) else stored.quant_method
-    return getattr(method, "value", method)
+    return None if stored is None else method_of(stored)
 
 
 def model_config(cls, args, kwargs):

@@ -165,6 +165,15 @@ def test_bytes_are_those_of_the_files(folders, tmp_path, kind):
     assert f"{Q}.left._weight_qdata" in names
 
 
+def test_the_card_says_how_factors_are_quantized(folders):
+    text = hf_lowrank.model_card(load(folders / "llama", KINDS["int8"], lowrank_config=recipe()), "me/small").text
+    assert "- factors quantized by: `torchao`, `Int8WeightOnlyConfig`" in text
+    assert "pip install hf-lowrank torchao\n" in text
+    plain = hf_lowrank.model_card(load(folders / "llama", lowrank_config=recipe()), "me/small").text
+    assert "pip install hf-lowrank\n" in plain
+    assert "quantized by" not in plain
+
+
 def test_automatic_device_map_counts_packed_factors(folders):
     model = load(folders / "llama", KINDS["int8"], lowrank_config=recipe(), device_map="auto")
     assert torch.equal(logits(model), logits(load(folders / "llama", KINDS["int8"], lowrank_config=recipe())))
