@@ -1,7 +1,7 @@
 """What pruning does to ranks: first-order scores beside magnitudes, on MiniLM and SST-2.
 
     PYTHONPATH=examples python examples/benchmarks/pruning_ranks.py [--data DIR] [--keep 0.25 0.1] [--seeds 3]
-        [--steps 40] [--smoke]
+        [--steps 32] [--smoke]
 
 MiniLM is fine-tuned for `steps` batches of 16 sentences while its encoder is pruned to the fraction `keep`; the ranks
 of its 36 matrices are taken before anything is factorized. Writes results/pruning_ranks.json run by run, and goes on
@@ -117,7 +117,7 @@ def main():
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--keep", nargs="+", type=float, default=[0.25, 0.1])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--smoke", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -128,6 +128,8 @@ def main():
         else:
             where, data, results = None, asked.data, RESULTS
         task = Classification("sst2", data, BATCH, where)
+        # Accuracy is not what is measured here; a part of the sentences says whether a model is ruined.
+        task.validation = task.validation[::4]
         found = measure(task, results / "pruning_ranks.json", asked.keep, asked.seeds, asked.steps)
         draw(found, results / "pruning_ranks.png")
         print(f"drawn: {(results / 'pruning_ranks.png').stat().st_size} bytes")
