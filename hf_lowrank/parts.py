@@ -7,14 +7,13 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import CheckpointError
+from .files import PARTIAL, raw, write_json, write_tensors
 
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-VERSION = 1
+VERSION = 2
 # Entries of a config that say where a model came from, not what it computes; dtypes are those of the weights.
 RECORDS = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 
@@ -70,8 +69,7 @@ class Parts:
 
     def begin(self, facts):
         """Write the manifest, before any part: the identity, and `facts` that a later run need not find again."""
-        with self._writing(self._manifest) as partial, open(partial, "w", encoding="utf-8") as file:
-            json.dump({"identity": self._identity, "facts": facts}, file, indent=1)
+        write_json(self._manifest, {"identity": self._identity, "facts": facts})
         self.facts = facts
 
     def path(self, name):
@@ -83,19 +81,26 @@ class Parts:
 
     def write(self, name, tensors, note=None):
         """Write a part: `tensors` by name, and JSON."""
-        # A copy each: tensors may be views of one another, which safetensors refuses.
-        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        with self._writing(self.path(name)) as partial:
-            save_file(tensors, partial, metadata={"note": json.dumps(note)})
+        layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        note = json.dumps(note)
+        metadata = {"note": note, "sha256": _digest_of_part(tensors, note)}
+        write_tensors(self.path(name), layout, tensors.__getitem__, metadata)
 
     def read(self, name):
-        """`(tensors, note)` of a part, on the CPU."""
+        """`(tensors, note)` of a part, on the CPU.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not hold what was written.
+        """
         try:
             with safe_open(self.path(name), "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                return tensors, json.loads(file.metadata()["note"])
-        except (OSError, SafetensorError) as error:
+                note, digest = file.metadata()["note"], file.metadata()["sha256"]
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
             raise CheckpointError(f"Cannot read {self.path(name)}: {error}; {self._cure}.") from error
+        if digest != _digest_of_part(tensors, note):
+            raise CheckpointError(f"{self.path(name)} is damaged, its sha256 is another; {self._cure}.")
+        return tensors, json.loads(note)
 
     def remove(self, name):
         """Remove a part, if it is there."""
@@ -106,16 +111,12 @@ class Parts:
         """Bytes of all parts."""
         return sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file())
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _writing(path):
-        partial = f"{path}{PARTIAL}"
-        try:
-            yield partial
-            os.replace(partial, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(partial)
+
+def _digest_of_part(tensors, note):
+    digest = hashlib.sha256(note.encode())
+    for key in sorted(tensors):
+        _add(digest, key, tensors[key])
+    return digest.hexdigest()
 
 
 def digest_of_batches(batches):
@@ -165,6 +166,6 @@ def _fetched(module):
 def _add(digest, key, value):
     if isinstance(value, torch.Tensor):
         digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(raw(value))
     else:
         digest.update(json.dumps([key, value], sort_keys=True, default=lambda other: type(other).__name__).encode())
