@@ -26,10 +26,12 @@ from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
 from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
 from .integrations import (
     Calibration,
+    FactorizedCheckpoint,
     LowRankConfig,
     LowRankQuantizer,
     collect_statistics,
     factorize,
+    factorize_checkpoint,
     residual_adapter,
     to_dense,
     train_only,
@@ -60,6 +62,7 @@ __all__ = [
     "ConfigError",
     "Evaluation",
     "EvaluationError",
+    "FactorizedCheckpoint",
     "Factors",
     "FormatLinear",
     "Latencies",
@@ -88,6 +91,7 @@ __all__ = [
     "collect_statistics",
     "evaluate",
     "factorize",
+    "factorize_checkpoint",
     "fold_order",
     "measure_latencies",
     "register_allocator",

@@ -136,7 +136,7 @@ def digest_of_model(model):
     """
     digest = hashlib.sha256()
     if hasattr(model, "config"):
-        config = _without_records(model.config.to_dict())
+        config = without_records(model.config.to_dict())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -148,11 +148,11 @@ def digest_of_model(model):
     return digest.hexdigest()
 
 
-def _without_records(config):
+def without_records(config):
     """A config without its records, nor those of the configs inside."""
     if not isinstance(config, dict):
         return config
-    return {key: _without_records(value) for key, value in config.items() if key not in RECORDS}
+    return {key: without_records(value) for key, value in config.items() if key not in RECORDS}
 
 
 def _fetched(module):

@@ -9,6 +9,7 @@ from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
 from .guard import install_guard
+from .out_of_core import FactorizedCheckpoint, factorize_checkpoint
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
@@ -24,12 +25,14 @@ logging.getLogger("hf_lowrank").parent = transformers_logging.get_logger("transf
 
 __all__ = [
     "Calibration",
+    "FactorizedCheckpoint",
     "LowRankConfig",
     "LowRankQuantizer",
     "collect_statistics",
     "conv1d",
     "experts",
     "factorize",
+    "factorize_checkpoint",
     "residual_adapter",
     "to_dense",
     "train_only",

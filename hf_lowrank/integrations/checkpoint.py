@@ -63,10 +63,11 @@ class Conversions:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             (self.keys if name in state else self.unexpected).setdefault(name, []).append((key, pattern))
         self.used = [rule for rule in rules if rule.was_used()]
+        self._dtypes = {name: state[name].dtype for name in self.keys}
 
     def names(self, conversion):
         """The parameters that a conversion makes."""
-        pattern = {**self.unexpected, **self.keys}[conversion][0][1]
+        pattern = (self.keys.get(conversion) or self.unexpected[conversion])[0][1]
         if pattern is None:
             return [conversion]
         # A one-to-many conversion is known by its first target; the others share its prefix.
@@ -88,10 +89,15 @@ class Conversions:
         if quantizer is not None and quantizer.param_needs_quantization(model, conversion):
             rule.quantization_operation = quantizer.get_quantize_ops()
         for key, pattern in sources:
-            # Read only when the rule wants it.
-            rule.add_tensor(conversion, key, pattern or key, functools.partial(read, key))
+            rule.add_tensor(
+                conversion, key, pattern or key, functools.partial(_cast, read, key, self._dtypes[conversion])
+            )
         made = rule.convert(conversion, model=model, config=model.config, hf_quantizer=quantizer)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _cast(read, key, dtype):
+    return read(key).to(dtype)
 
 
 def parameter_names(model, keys, key_mapping=None):

@@ -118,7 +118,7 @@ class LowRankQuantizer(HfQuantizer):
         available = None if names is None else (lambda site: site.weight_name in names)
         _settle_dtypes(model, self._loaded_dtype)
         if self.session.rehearsing:
-            raise Rehearsed(model, make_plan(model, config, available))
+            raise Rehearsed(model, make_plan(model, config, available), checkpoint_files)
         measured = self.session.measured
         if measured.latencies is None:
             measured.latencies = latencies_for(model, config, available, _fastest(device_map))
