@@ -9,7 +9,7 @@ from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
 from .guard import install_guard
-from .out_of_core import FactorizedCheckpoint, factorize_checkpoint
+from .out_of_core import FactorizedCheckpoint, calibrate_checkpoint, factorize_checkpoint
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
@@ -28,6 +28,7 @@ __all__ = [
     "FactorizedCheckpoint",
     "LowRankConfig",
     "LowRankQuantizer",
+    "calibrate_checkpoint",
     "collect_statistics",
     "conv1d",
     "experts",

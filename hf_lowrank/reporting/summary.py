@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..surgery import factorized, specs
+from .table import aligned
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Summary:
 
     def __str__(self):
         head = ("module", "format", "rank", "shape", "parameters", "kept", "MiB", "error")
-        cells = [head] + [
+        rows = [
             (
                 row.name,
                 row.format,
@@ -72,9 +73,7 @@ class Summary:
             )
             for row in self.rows
         ]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        return "\n".join([*(line.rstrip() for line in lines), self.line])
+        return "\n".join([*aligned([head, *rows]), self.line])
 
 
 def summary(model):

@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from ...errors import CheckpointError
 from ...files import sha256_of, write_json
 from ...reporting import Summary, summary
-from .source import model_class
+from ..config import QUANT_METHOD
+from .source import files_beside, model_class
 
 
 RECORD = "factorization.json"
@@ -71,7 +72,7 @@ def finish(skeleton, shards, folder, record):
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    for path in source.beside():
+    for path in files_beside(source.name, **source.hub):
         shutil.copyfile(path, os.path.join(folder, os.path.basename(path)))
     files = {name: sha256_of(os.path.join(folder, name)) for name in sorted(os.listdir(folder)) if name != RECORD}
     write_json(os.path.join(folder, RECORD), {"version": VERSION, **record, "files": files})
@@ -110,6 +111,19 @@ def verify_checkpoint(folder):
                 f"{path} {'is missing' if found is None else 'has another sha256 than it was written with'}; make or "
                 "download the checkpoint again."
             )
+
+
+def is_factorized(folder):
+    """Whether the config.json in a folder is that of a factorized checkpoint."""
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            described = json.load(file).get("quantization_config") or {}
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"Cannot read {path}: {error!r}; download or save it again.") from error
+    return described.get("quant_method") == QUANT_METHOD
 
 
 def read_checkpoint(folder):

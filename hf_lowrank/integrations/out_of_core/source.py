@@ -82,6 +82,10 @@ class Source:
             self._find(rehearsed.files)
         return rehearsed
 
+    def load(self):
+        """The dense model; its weights are mapped from the files where their dtype is kept."""
+        return self._load(self.name, **self._options)
+
     def calibrate(self, config, calibration, stack):
         """Give the session of `config` the statistics of the dense model."""
         calibrate(self._load, config, calibration, (self.name,), self._options, stack)
@@ -133,13 +137,26 @@ class Source:
             found[name] = digest
         return found
 
-    def beside(self):
-        """Paths of the files of tokenizers and the like, which are carried over."""
-        folder = self.name
-        if not os.path.isdir(folder):
-            folder = snapshot_download(folder, allow_patterns=list(BESIDE), ignore_patterns=["*/*"], **self.hub)
-        names = sorted(os.listdir(folder))
-        return [os.path.join(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in BESIDE)]
+
+def local_folder(name, patterns=("*.safetensors", "*.json", *BESIDE), **hub):
+    """`name` if it is a folder, else the copy of that repository in the Hub's cache, files at its top only.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if os.path.isdir(name):
+        return os.fspath(name)
+    try:
+        return snapshot_download(os.fspath(name), allow_patterns=list(patterns), ignore_patterns=["*/*"], **hub)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} is neither a folder nor a repository that can be reached: {error}") from error
+
+
+def files_beside(name, **hub):
+    """Paths of the files of tokenizers and the like in a folder or repository."""
+    folder = local_folder(name, BESIDE, **hub)
+    found = sorted(os.listdir(folder))
+    return [os.path.join(folder, file) for file in found if any(fnmatch(file, pattern) for pattern in BESIDE)]
 
 
 def model_class(config, name):
