@@ -80,7 +80,8 @@ class LowRankQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._build_from_modules(model, checkpoint_files)
         else:
-            self._build_placeholders(model, checkpoint_files, device_map)
+            self.build_placeholders(model, checkpoint_files, device_map)
+            self.check_statistics()
             self._check_offload(device_map)
             self.progress = Progress(len(self.plan.sites), "Measuring" if self.session.measuring else "Factorizing")
 
@@ -112,7 +113,14 @@ class LowRankQuantizer(HfQuantizer):
         if names is not None:
             check_complete(model, [site for name, site in sites.items() if name not in found], names)
 
-    def _build_placeholders(self, model, checkpoint_files, device_map):
+    def build_placeholders(self, model, checkpoint_files, device_map=None):
+        """Plan, and give every weight that becomes factors an empty layer, which takes the dense weight too.
+
+        Args:
+            model (`PreTrainedModel`): dense, on the meta device.
+            checkpoint_files (`list[str]`, *optional*): what will be loaded.
+            device_map (*optional*): as of `from_pretrained`.
+        """
         config = self.quantization_config
         names = self._stored_names(model, checkpoint_files)
         available = None if names is None else (lambda site: site.weight_name in names)
@@ -125,13 +133,6 @@ class LowRankQuantizer(HfQuantizer):
         if self.session.measuring:
             measured = Measured(latencies=measured.latencies)
         self.plan = make_plan(model, config, available, measured)
-        if config.needs_statistics and self.plan.sites:
-            if self.session.statistics is None:
-                raise CalibrationError(
-                    f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
-                    "gives none; pass data, saved statistics, or `method='svd'`."
-                )
-            self.session.statistics.check(self.plan.statistics_shapes(config.method.statistics))
         config.modules = self.plan.specs()
         config.recipe = {**config.to_json(), "calibration": self.session.provenance or None}
         self._largest = max((_dense_bytes(site) for site in self.plan.sites.values()), default=0)
@@ -148,6 +149,18 @@ class LowRankQuantizer(HfQuantizer):
         self._sizes = {
             name: p.numel() * p.element_size() for name, p in model.named_parameters() if name not in self.placeholders
         }
+
+    def check_statistics(self):
+        """Raise [`CalibrationError`] or [`StatisticsError`] unless the method finds all that it reads."""
+        config, statistics = self.quantization_config, self.session.statistics
+        if not config.needs_statistics or not self.plan.sites:
+            return
+        if statistics is None:
+            raise CalibrationError(
+                f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
+                "gives none; pass data, saved statistics, or `method='svd'`."
+            )
+        statistics.check(self.plan.statistics_shapes(config.method.statistics))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return param_name in self.placeholders

@@ -14,7 +14,7 @@ def measure(source, config, parts):
     session = config.session
     curves = session.measured.curves = {}
     session.measuring = True
-    skeleton = Skeleton(source, config)
+    skeleton = Skeleton(source, config, "Measuring")
     for unit in skeleton.units:
         if not unit.sites:
             continue

@@ -11,6 +11,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ...errors import CheckpointError
 from ...surgery import specs
 from ..checkpoint import Conversions
+from ..progress import Progress
 from ..quantizer import LowRankQuantizer
 from .source import INSTEAD
 
@@ -42,7 +43,8 @@ class Skeleton:
 
     Args:
         source ([`Source`]): the dense checkpoint.
-        config ([`LowRankConfig`]): with a session that knows statistics and ranks, as far as they are needed.
+        config ([`LowRankConfig`]): with a session that knows statistics and curves, as far as they are needed.
+        work (`str`, *optional*): what will be done, for a progress bar; without, nothing but refuse what cannot work.
 
     Attributes:
         model (`PreTrainedModel`): with empty factors.
@@ -53,19 +55,25 @@ class Skeleton:
         CheckpointError: the checkpoint lacks weights, or cannot be worked on one piece after the other.
     """
 
-    def __init__(self, source, config):
+    def __init__(self, source, config, work=None):
         self.source = source
         self.model = source.rehearse(config).model
         dense = set(self.model.state_dict())
         self.quantizer = LowRankQuantizer(config, pre_quantized=False)
-        self.quantizer.preprocess_model(model=self.model, checkpoint_files=source.files)
+        self.quantizer.build_placeholders(self.model, source.files)
+        if work is not None:
+            self.quantizer.check_statistics()
         self._conversions = Conversions(self.model, source.keys)
         # What transformers remembers of a load, and saving goes back by.
         self.model._weight_conversions = self._conversions.used
+        # Sites whose errors are in the model.
+        self._known = set()
         self._warn_of_unexpected()
         doubled = self._tie(dense)
         self.units = self._units(doubled)
         self.layout = self._layout()
+        if work is not None:
+            self.quantizer.progress = Progress(len(self.plan.sites), work)
 
     @property
     def plan(self):
@@ -173,16 +181,20 @@ class Skeleton:
     def make(self, unit):
         """`(tensors, errors)`: what a unit is saved as, and the relative error of each of its factorized weights."""
         made = revert_weight_conversion(self.model, self.convert(unit))
+        self._known |= unit.sites
         modules = self.quantizer.quantization_config.modules
         errors = {member.name: modules[member.name]["relative_error"] for member in self._members(unit)}
         return {name: made[name] for name in unit.saved}, errors
 
     def restore(self, errors):
-        """Note the errors of weights that an earlier run has factorized."""
-        for member in self.plan.members.values():
-            if member.name in errors:
+        """Note the errors of weights that are factorized already, by this run or an earlier one."""
+        for site in self.plan.sites.values():
+            if site.name not in errors or site.name in self._known:
+                continue
+            self._known.add(site.name)
+            self.quantizer.progress.done()
+            for member in site.members:
                 member.kind.set_error(self.model, member.name, errors[member.name])
-                self.quantizer.progress.done()
 
     def finish(self):
         """The model as if it were loaded, except for its values; its config describes what is saved."""

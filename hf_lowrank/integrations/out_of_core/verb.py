@@ -80,7 +80,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
     if there and read_record(target) is None:
         raise _taken(target)
     origin = Source(source, dtype, **hub)
-    _check_data(config, calibration, origin.rehearse(config))
+    _check_data(config, calibration, Skeleton(origin, config))
     identity = {
         "recipe": config.to_json(),
         "calibration": _description(calibration) if config.needs_statistics else None,
@@ -103,7 +103,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
             _gather(origin, config, calibration, work)
             if config.needs_curves:
                 measure(origin, config, parts)
-            skeleton = Skeleton(origin, config)
+            skeleton = Skeleton(origin, config, "Factorizing")
             shards = Shards(skeleton, parts, folder, max_shard_size)
             shards.check_space()
             shards.write()
@@ -167,15 +167,15 @@ def _check_finished(target, run):
     logger.info("%s is there already, made by the same call; nothing is done.", target)
 
 
-def _check_data(config, calibration, rehearsed):
+def _check_data(config, calibration, skeleton):
     """Refuse calibration data that cannot work."""
-    if not config.needs_statistics or not rehearsed.plan.sites:
+    if not config.needs_statistics or not skeleton.plan.sites:
         return
     saved = saved_for(config, calibration)
     if saved is None:
-        check_calibration(calibration, rehearsed.model)
+        check_calibration(calibration, skeleton.model)
     else:
-        saved.check(rehearsed.plan.statistics_shapes(config.method.statistics))
+        saved.check(skeleton.plan.statistics_shapes(config.method.statistics))
 
 
 def _description(calibration):
