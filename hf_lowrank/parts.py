@@ -25,6 +25,8 @@ class Parts:
         folder (`str`): where; made if it does not exist.
         identity (`dict[str, str]`): everything that decides what the parts hold; parts of another identity are
             refused.
+        independent (`bool`, defaults to `False`): whether each part can be made again by itself, so that one that is
+            damaged may be removed.
 
     Attributes:
         facts (`dict`, *optional*): JSON given to `begin`, by this run or the one it continues.
@@ -33,8 +35,9 @@ class Parts:
         CheckpointError: the folder holds parts of another run.
     """
 
-    def __init__(self, folder, identity):
+    def __init__(self, folder, identity, independent=False):
         self.folder = os.fspath(folder)
+        self._independent = independent
         self.facts = None
         self._identity = {"version": VERSION, **identity}
         os.makedirs(self.folder, exist_ok=True)
@@ -67,6 +70,10 @@ class Parts:
     def _cure(self):
         return f"give an empty `folder`, or remove {self.folder}"
 
+    @property
+    def _cure_of_part(self):
+        return "remove it to have it made again" if self._independent else self._cure
+
     def begin(self, facts):
         """Write the manifest, before any part: the identity, and `facts` that a later run need not find again."""
         write_json(self._manifest, {"identity": self._identity, "facts": facts})
@@ -97,9 +104,9 @@ class Parts:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
                 note, digest = file.metadata()["note"], file.metadata()["sha256"]
         except (OSError, SafetensorError, TypeError, KeyError) as error:
-            raise CheckpointError(f"Cannot read {self.path(name)}: {error}; {self._cure}.") from error
+            raise CheckpointError(f"Cannot read {self.path(name)}: {error}; {self._cure_of_part}.") from error
         if digest != _digest_of_part(tensors, note):
-            raise CheckpointError(f"{self.path(name)} is damaged, its sha256 is another; {self._cure}.")
+            raise CheckpointError(f"{self.path(name)} is damaged, its sha256 is another; {self._cure_of_part}.")
         return tensors, json.loads(note)
 
     def remove(self, name):

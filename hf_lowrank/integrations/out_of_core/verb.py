@@ -98,7 +98,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
         with _alone_in(work), enough_space(target, f"free some space and run again; {work} keeps what is finished"):
             folder = os.path.join(work, "checkpoint")
             os.makedirs(folder, exist_ok=True)
-            parts = Parts(os.path.join(work, "parts"), identity)
+            parts = Parts(os.path.join(work, "parts"), identity, independent=True)
             _begin(parts, sources)
             _gather(origin, config, calibration, work)
             if config.needs_curves:
