@@ -30,6 +30,7 @@ from .source import INSTEAD, Source
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
 ONE_PASS = (
     "collect in one pass with hf_lowrank.collect_statistics(model, ...).save(path), or `optimum-cli lowrank calibrate "
     "--in-memory`, and give `calibration=path`"
@@ -113,7 +114,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
                 os.rmdir(target)
             os.replace(folder, target)
     # Also after a call that was interrupted right here.
-    shutil.rmtree(work, ignore_errors=True)
+    _clear(work)
     return read_checkpoint(target)
 
 
@@ -195,7 +196,7 @@ def _description(calibration):
 def _alone_in(work):
     """Inside, no other process works in the folder."""
     os.makedirs(work, exist_ok=True)
-    lock = FileLock(os.path.join(work, ".lock"))
+    lock = FileLock(os.path.join(work, LOCK))
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
@@ -204,6 +205,15 @@ def _alone_in(work):
         yield
     finally:
         lock.release()
+
+
+def _clear(work):
+    """Remove what was made in the work folder, and the folder if it holds nothing else."""
+    for name in ("parts", "calibration", "checkpoint"):
+        shutil.rmtree(os.path.join(work, name), ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(work, LOCK))
+        os.rmdir(work)
 
 
 def _begin(parts, sources):
