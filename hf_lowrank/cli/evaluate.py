@@ -14,7 +14,7 @@ OPTIONS = ("preset", "max_windows", "limit", "batch_tokens")
 
 def add_arguments(parser):
     """Arguments of the command."""
-    texts = documentation(evaluate)
+    documented = documentation(evaluate)
     parser.add_argument("model", help="folder or repository, dense or factorized")
     for name, what in (("perplexity", "[NAME=]FILE"), ("multiple_choice", "NAME[=FILE]")):
         parser.add_argument(
@@ -23,7 +23,7 @@ def add_arguments(parser):
             nargs="+",
             action="extend",
             metavar=what,
-            help=f"{what}, as often as wanted; {texts[name]}".replace("%", "%%"),
+            help=f"{what}, as often as wanted; {documented[name].text}".replace("%", "%%"),
         )
     parser.add_argument("--output", metavar="FILE", help="write the result to a JSON file too")
     parser.add_argument("--dtype", help="load in this dtype; that of the checkpoint by default")

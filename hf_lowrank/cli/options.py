@@ -4,62 +4,73 @@ import argparse
 import inspect
 import json
 import re
-from types import NoneType
-from typing import get_args
+from dataclasses import dataclass
 
 
 # `name (`type`, *optional*): text`, indented once in the section `Args:`; what goes on is indented twice.
-ENTRY = re.compile(r"^    (\w+)(?: \(.*?\))?: (.*)$")
+ENTRY = re.compile(r"^    (\w+)(?: \(((?:[^`()]|`[^`]*`)*)\))?: (.*)$")
+KINDS = {"`int`": int, "`float`": float}
+
+
+@dataclass
+class Argument:
+    """What a docstring says of an argument.
+
+    Args:
+        kind (`Callable`): `int` or `float` where that is its first type, else [`value`].
+        text (`str`): without types.
+    """
+
+    kind: object
+    text: str
 
 
 def documentation(documented):
-    """`{argument: text}` of the section `Args:` of a docstring, without the types in parentheses."""
+    """`{name: Argument}` of the section `Args:` of a docstring."""
     _, _, section = inspect.getdoc(documented).partition("Args:\n")
-    found, name = {}, None
+    found, last = {}, None
     for line in section.splitlines():
         if line and not line.startswith("    "):
             break
         entry = ENTRY.match(line)
         if entry is not None:
-            name, found[entry[1]] = entry[1], entry[2]
-        elif name is not None and line.strip():
-            found[name] += f" {line.strip()}"
-    # Links to classes mean nothing in a terminal.
-    return {name: re.sub(r"\[(`\w+`)\]", r"\1", text) for name, text in found.items()}
+            kind = KINDS.get((entry[2] or "").partition(",")[0], value)
+            last = found[entry[1]] = Argument(kind, entry[3])
+        elif last is not None and line.strip():
+            last.text += f" {line.strip()}"
+    for argument in found.values():
+        # Links to classes mean nothing in a terminal.
+        argument.text = re.sub(r"\[(`\w+`)\]", r"\1", argument.text)
+    return found
 
 
-def add_option(parser, name, annotation, text, default=None, dest=None):
+def add_option(parser, name, argument, default=None, dest=None):
     """Add `--name`, which is absent from the parsed arguments unless it is given.
 
     Args:
         parser (`argparse.ArgumentParser`): or a group.
         name (`str`): as in Python.
-        annotation (`type`): decides what a value is: `int`, `float`, else text or JSON.
-        text (`str`): its documentation.
+        argument ([`Argument`]): its documentation.
         default (*optional*): named in the help, unless it is `None`.
         dest (`str`, *optional*): the attribute of the parsed arguments; `name` by default.
     """
-    kinds = set(get_args(annotation) or (annotation,)) - {NoneType}
-    kind = kinds.pop() if kinds in ({int}, {float}) else value
     default = "" if default is None else f" (default: {default})"
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         dest=dest or name,
-        type=kind,
+        type=argument.kind,
         default=argparse.SUPPRESS,
-        metavar=kind.__name__.upper(),
+        metavar=argument.kind.__name__.upper(),
         # argparse formats help with %.
-        help=f"{text}{default}".replace("%", "%%"),
+        help=f"{argument.text}{default}".replace("%", "%%"),
     )
 
 
 def add_parameters(parser, function, names):
     """Options for some parameters of a documented function."""
-    texts, parameters = documentation(function), inspect.signature(function).parameters
+    documented, parameters = documentation(function), inspect.signature(function).parameters
     for name in names:
-        default = parameters[name].default
-        annotation = type(default) if isinstance(default, (int, float)) else object
-        add_option(parser, name, annotation, texts[name], default)
+        add_option(parser, name, documented[name], parameters[name].default)
 
 
 def given(arguments, names):

@@ -23,16 +23,18 @@ def add_recipe(parser, names=None):
         "--config", metavar="FILE", help="a recipe.yaml with the options below; those on the command line win over it"
     )
     group = parser.add_argument_group("recipe", "Lists and mappings are given as JSON, and so are a method's options.")
-    texts = documentation(Recipe)
+    documented = documentation(Recipe)
     for f in fields(Recipe):
         if names is None or f.name in names:
-            add_option(group, f.name, f.type, texts[f.name], _default(f), RECIPE.format(f.name))
-    group = parser.add_argument_group("calibration data")
-    texts = documentation(Calibration)
+            add_option(group, f.name, documented[f.name], _default(f), RECIPE.format(f.name))
+    group = parser.add_argument_group(
+        "calibration data", "Collected block by block beside OUT, unless said otherwise."
+    )
+    documented = documentation(Calibration)
     for f in fields(Calibration):
         if f.name != "data":
             name = CALIBRATION.format(f.name)
-            add_option(group, name, f.type if f.type is not object else str, texts[f.name], _default(f), name)
+            add_option(group, name, documented[f.name], _default(f), name)
 
 
 def recipe_from(arguments):
