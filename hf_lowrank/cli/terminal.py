@@ -28,6 +28,10 @@ def run(command, arguments):
         # Files, network and Hub: as foreseeable as errors of the library, and a traceback helps with neither.
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except KeyboardInterrupt as error:
+        print("Interrupted.", file=sys.stderr)
+        # What a shell says of a command that a key has ended.
+        raise SystemExit(130) from error
     print(json.dumps(result.to_json(), indent=2) if arguments.json else result)
 
 

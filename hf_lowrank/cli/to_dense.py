@@ -2,13 +2,12 @@
 
 import os
 import shutil
-
-import transformers
+import tempfile
 
 from ..errors import ConfigError
-from ..files import PARTIAL, enough_space
+from ..files import enough_space
 from ..integrations import to_dense
-from ..integrations.out_of_core import files_beside, is_factorized, local_folder, read_checkpoint
+from ..integrations.out_of_core import files_beside, is_factorized, local_folder, model_class, read_checkpoint
 
 
 def add_arguments(parser):
@@ -24,15 +23,12 @@ def run(arguments):
         raise ConfigError(f"{arguments.model} is not factorized.")
     if os.path.exists(out):
         raise ConfigError(f"OUT is {arguments.out!r}, which is there already; name another folder, or remove it.")
-    config = transformers.AutoConfig.from_pretrained(folder)
-    model = to_dense(getattr(transformers, config.architectures[0]).from_pretrained(folder))
-    partial = f"{out}{PARTIAL}"
-    try:
-        with enough_space(out):
-            model.save_pretrained(partial)
-            for path in files_beside(folder):
-                shutil.copy(path, partial)
-            os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    model = to_dense(model_class(folder).from_pretrained(folder))
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(out), prefix=".to-dense-") as temporary, enough_space(out):
+        made = os.path.join(temporary, "made")
+        model.save_pretrained(made)
+        for path in files_beside(folder):
+            shutil.copy(path, made)
+        os.replace(made, out)
     return read_checkpoint(out)

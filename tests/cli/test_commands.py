@@ -1,5 +1,6 @@
 """Every command from the outside: what it prints, what it makes, how it ends."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -190,20 +191,31 @@ def test_to_dense_loads_without_the_package(small, dense, tmp_path):
     assert os.listdir(tmp_path) == ["dense"]
 
 
-def test_push_is_one_commit_that_can_be_loaded(small, tmp_path):
-    target, _ = small
+def on_the_hub(hub, home, *arguments):
+    """A command in a process of its own: huggingface_hub reads the environment when it is imported."""
     program = Path(sys.executable).with_name("optimum-cli")
+    command = [sys.executable, program, "lowrank", *map(str, arguments), "--json"]
+    environment = {**os.environ, **hub.environment(home)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_from_the_hub_and_back(small, dense, tmp_path):
+    target, _ = small
     with Hub() as hub:
-        environment = {**os.environ, **hub.environment(tmp_path)}
-        # huggingface_hub reads these variables when it is imported: a fork of ours has read others.
-        push = [sys.executable, program, "lowrank", "push", target, "me/small", "--json"]
-        done = subprocess.run(push, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["repository"] == "me/small"
+        hub.repositories["me/dense"] = {path.name: path.read_bytes() for path in dense.iterdir()}
+        made = on_the_hub(hub, tmp_path / "home", "factorize", "me/dense", tmp_path / "made", *SVD)
+        assert on_the_hub(hub, tmp_path / "home", "push", tmp_path / "made", "me/small")["repository"] == "me/small"
+        commits = [request for request in hub.requests if request.startswith("POST") and "/commit/" in request]
         pushed = hub.repositories["me/small"]
-    assert {name: data for name, data in pushed.items() if name != ".gitattributes"} == {
-        path.name: path.read_bytes() for path in target.iterdir()
-    }
+    found = hashes(tmp_path / "made")
+    assert found == hashes(target), "whether the model is in a folder or on the Hub"
+    assert made["record"]["sources"] == {path.name: sha256_of(path) for path in dense.glob("*.safetensors")}
+    assert {
+        name: hashlib.sha256(data).hexdigest() for name, data in pushed.items() if name != ".gitattributes"
+    } == found
+    assert len(commits) == 1
 
 
 def test_push_refuses_what_is_not_whole(small, dense, tmp_path):

@@ -2,12 +2,12 @@
 
 import os
 import shutil
-from dataclasses import replace
 
 from ...statistics import Statistics
 from ..calibration import as_calibration, check_calibration
 from ..session import Session
 from ..verbs import collect_statistics
+from .data import curing, in_folder
 from .source import Source
 
 
@@ -21,11 +21,11 @@ def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hu
         source (`str`): a folder, or a repository on the Hub, with a dense model.
         path (`str`): the file, whose name ends in `.safetensors`. It appears at the end; until then, what is finished
             is in `path + ".parts"`, unless the calibration has a `folder`.
-        config ([`LowRankConfig`]): method, targets, calibration data and seed count.
+        config ([`LowRankConfig`]): method, targets, calibration data and seed are read.
         in_memory (`bool`, defaults to `False`): collect everything in one pass instead, in memory; also for models
             without repeated blocks.
         dtype (*optional*): load in this dtype; that of the checkpoint by default.
-        hub (*optional*): `revision`, `token`, `cache_dir`: where `source` is on the Hub.
+        hub (*optional*): `revision`, `token`, `cache_dir`, `local_files_only`: where `source` is on the Hub.
 
     Returns:
         [`Statistics`] that are read from the file.
@@ -39,16 +39,15 @@ def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hu
     config.calibration, config.session = None, Session()
     check_calibration(calibration, origin.rehearse(config).model)
     folder = f"{os.fspath(path)}.parts"
-    if calibration.folder is None and not in_memory:
-        calibration = replace(calibration, folder=folder)
-    statistics = collect_statistics(
-        origin.load(),
-        calibration,
-        method=config.method,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        seed=config.seed,
-    )
+    with curing(calibration, "give `in_memory=True` (on the command line, `--in-memory`)"):
+        statistics = collect_statistics(
+            origin.load(),
+            calibration if in_memory else in_folder(calibration, folder),
+            method=config.method,
+            target_modules=config.target_modules,
+            exclude_modules=config.exclude_modules,
+            seed=config.seed,
+        )
     statistics.save(path)
     shutil.rmtree(folder, ignore_errors=True)
     return Statistics.load(path)

@@ -5,8 +5,6 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 
-from transformers import AutoConfig
-
 from ...errors import CheckpointError
 from ...files import sha256_of, write_json
 from ...reporting import Summary, summary
@@ -132,12 +130,10 @@ def read_checkpoint(folder):
     Raises:
         CheckpointError: it is incomplete.
     """
+    cls = model_class(folder)
     try:
-        cls = model_class(AutoConfig.from_pretrained(folder), folder)
         model = cls.from_pretrained(folder, device_map="meta")
-    except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except OSError as error:
         raise CheckpointError(f"{folder} holds no checkpoint that can be read: {error}") from error
     config = getattr(model.config, "quantization_config", None)
     return FactorizedCheckpoint(

@@ -45,25 +45,23 @@ class Source:
     Args:
         name (`str`): a folder or a repository.
         dtype (*optional*): as of `from_pretrained`; by default that of the checkpoint.
-        hub (`dict`): `revision`, `token` and the like.
+        revision, token, cache_dir, local_files_only (*optional*): where it is on the Hub; as of `from_pretrained`.
 
     Raises:
         CheckpointError: there is no such checkpoint.
         ConfigError: it is quantized or factorized, or its class is not one of transformers.
     """
 
-    def __init__(self, name, dtype=None, **hub):
+    def __init__(self, name, dtype=None, revision=None, token=None, cache_dir=None, local_files_only=None):
         self.name = os.fspath(name)
-        self.hub = hub
-        try:
-            config = AutoConfig.from_pretrained(self.name, **hub)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"There is no model that can be read at {self.name!r}: {error}") from error
+        hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        self.hub = hub = {key: value for key, value in hub.items() if value is not None}
+        config = read_config(self.name, **hub)
         if getattr(config, "quantization_config", None) is not None:
             raise ConfigError(
                 f"{self.name} is quantized or factorized already; factorize the dense model it was made from."
             )
-        self.cls = model_class(config, self.name)
+        self.cls = _class(config, self.name)
         self.digest_of_config = _digest_of(config)
         self._load = loader(self.cls)
         self._options = hub if dtype is None else {**hub, "dtype": dtype}
@@ -159,12 +157,29 @@ def files_beside(name, **hub):
     return [os.path.join(folder, file) for file in found if any(fnmatch(file, pattern) for pattern in BESIDE)]
 
 
-def model_class(config, name):
-    """The class of transformers that a config names.
+def read_config(name, **hub):
+    """The config of a folder or repository; code that comes with it is not run.
 
     Raises:
-        ConfigError: none, or code that comes with the checkpoint.
+        CheckpointError: there is none that can be read.
     """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"There is no model that can be read at {name!r}: {error}") from error
+
+
+def model_class(folder):
+    """The class of transformers that the config of a folder names.
+
+    Raises:
+        CheckpointError: no config.
+        ConfigError: no class, or code that comes with the checkpoint.
+    """
+    return _class(read_config(folder), folder)
+
+
+def _class(config, name):
     for architecture in config.architectures or ():
         cls = getattr(transformers, architecture, None)
         if isinstance(cls, type) and issubclass(cls, PreTrainedModel):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_lowrank
-from hf_lowrank import LowRankConfig, collect_statistics, factorize_checkpoint
+from hf_lowrank import LowRankConfig, calibrate_checkpoint, collect_statistics, factorize_checkpoint
 from hf_lowrank.testing import tiny_model
 
 
@@ -135,8 +135,12 @@ def test_calibration_that_cannot_work(dense, tmp_path):
 def test_a_model_without_blocks_to_calibrate_is_told_the_way_round(dense, monkeypatch, tmp_path):
     monkeypatch.setattr("hf_lowrank.statistics._probe.block_names", lambda *_: [])
     config = LowRankConfig(method="whitened_svd", calibration=[{"input_ids": torch.arange(3, 20)[None]}])
-    with pytest.raises(hf_lowrank.CalibrationError, match="block by block; collect in one pass with .*--in-memory"):
-        factorize_checkpoint(dense("llama"), tmp_path / "made", config)
+    refuse(
+        dense("llama"), tmp_path, hf_lowrank.CalibrationError, "by block; collect in one pass .*--in-memory", config
+    )
+    with pytest.raises(hf_lowrank.CalibrationError, match="block by block; give `in_memory=True`"):
+        calibrate_checkpoint(dense("llama"), tmp_path / "s.safetensors", config)
+    calibrate_checkpoint(dense("llama"), tmp_path / "s.safetensors", config, in_memory=True)
 
 
 def test_weights_that_are_saved_together_but_made_apart(dense, monkeypatch, tmp_path):

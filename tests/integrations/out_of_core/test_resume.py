@@ -109,7 +109,7 @@ def test_a_finished_call_is_not_done_again(work, tmp_path):
 
 def test_interrupted_between_the_last_two_steps(work, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(verb, "_clear", lambda work: None)
+        patch.setattr(verb, "clear", lambda work: None)
         work()
     assert (tmp_path / "made.partial" / "parts").is_dir()
     assert work() == 0

@@ -76,7 +76,8 @@ def test_a_disk_that_fills_up(dense, whole, left, tmp_path, monkeypatch):
             hf_lowrank.ResourceError, match="Cannot write .*: No space left on device; free some space"
         ):
             factorize_checkpoint(dense("llama"), tmp_path / "made", config(), max_shard_size=SHARD)
-    assert os.listdir(tmp_path) == ["made.partial"]
+    # Nothing is kept where nothing is finished.
+    assert os.listdir(tmp_path) == (["made.partial"] if left > 100 else [])
     assert not list((tmp_path / "made.partial").rglob("*.partial"))
     factorize_checkpoint(dense("llama"), tmp_path / "made", config(), max_shard_size=SHARD)
     assert contents(tmp_path / "made") == whole
