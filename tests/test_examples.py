@@ -103,6 +103,24 @@ def test_report(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 300_000
 
 
+def test_factorize_from_command_line(tmp_path):
+    pytest.importorskip("optimum.commands", reason="optimum is not installed")
+    folder = tmp_path / "results"
+    done = run(sys.executable, "examples/factorize_from_command_line.py", "--smoke", "--folder", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\$ optimum-cli lowrank ([\w-]+)", done.stdout, re.M) == [
+        "list", "inspect", "calibrate", "factorize", "evaluate", "factorize", "evaluate", "evaluate", "to-dense",
+    ]  # fmt: skip
+    kept = {name: int(n) for name, n in re.findall(r"^(0\.\d) .* (\d+) factorized layers", done.stdout, re.M)}
+    assert kept.keys() == {"0.9", "0.8"} and all(kept.values())
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "dense",
+        "kept-0.9",
+        "kept-0.8",
+        "dense-again",
+    }
+
+
 def test_commands_in_the_readmes_name_files_that_exist():
     documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
     for readme in documents:

@@ -67,7 +67,7 @@ def _load(load, cls, config, args, kwargs):
             if config.compares:
                 return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:
-                _calibrate(load, config, calibration, args, kwargs, stack)
+                calibrate(load, config, calibration, args, kwargs, stack)
             if config.needs_curves and session.measured.ranks is None:
                 _measure(load, config, args, kwargs)
         return _load_once(load, session, args, kwargs)
@@ -152,32 +152,50 @@ def _removing_new_files(folder):
                     os.remove(os.path.join(folder, name))
 
 
-def _rehearse(load, config, args, kwargs):
-    """`(dense skeleton, plan)` of what would be loaded; refuses what cannot work before any weight is read."""
+def loader(cls):
+    """`cls.from_pretrained` as transformers has it, without the keyword."""
+    return functools.partial(PreTrainedModel.from_pretrained.__func__.__wrapped__, cls)
+
+
+def rehearse(load, config, args, kwargs):
+    """[`Rehearsed`]: what would be loaded. Refuses what cannot work before any weight is read.
+
+    Args:
+        load (`Callable`): `from_pretrained` of some class, see [`loader`].
+        config ([`LowRankConfig`]): with a session.
+        args (`tuple`): positional arguments of `load`.
+        kwargs (`dict`): its other arguments.
+    """
     config.session.rehearsing = True
     try:
         load(*args, **{**kwargs, "quantization_config": copy.deepcopy(config)})
     except Rehearsed as rehearsed:
-        return rehearsed.model, rehearsed.plan
+        return rehearsed
     finally:
         config.session.rehearsing = False
 
 
-def _calibrate(load, config, calibration, args, kwargs, stack):
+def calibrate(load, config, calibration, args, kwargs, stack):
     """Learn what takes data: read statistics, or run the dense model over the data and free it.
 
     Statistics go into the session, and so do ranks, where the allocator has to look at the dense model's outputs.
+
+    Args:
+        load, config, args, kwargs: as of `rehearse`.
+        calibration ([`Calibration`]): the data.
+        stack (`contextlib.ExitStack`): of what is to be removed at the end of the load.
     """
     session = config.session
     session.statistics = saved_for(config, calibration, kwargs.get("token"))
     if session.statistics is not None:
         session.provenance = session.statistics.provenance
         return
-    skeleton, plan = _rehearse(load, config, args, kwargs)
+    rehearsed = rehearse(load, config, args, kwargs)
+    plan = rehearsed.plan
     if not plan.sites:
         return
-    check_calibration(calibration, skeleton)
-    del skeleton
+    check_calibration(calibration, rehearsed.model)
+    del rehearsed
 
     def tokenizer():
         return load_tokenizer(path(args, kwargs), **hub_arguments(kwargs))

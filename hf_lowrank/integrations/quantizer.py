@@ -84,7 +84,8 @@ class LowRankQuantizer(CompositeQuantizer):
         if self.restores:
             dense = self._build_from_modules(model)
         else:
-            self._build_placeholders(model, checkpoint_files, device_map)
+            self.build_placeholders(model, checkpoint_files, device_map)
+            self.check_statistics()
             self._check_offload(device_map)
             self.progress = Progress(len(self.plan.sites), "Measuring" if self.session.measuring else "Factorizing")
         super()._process_model_before_weight_loading(
@@ -122,26 +123,26 @@ class LowRankQuantizer(CompositeQuantizer):
         lend_bases(model, found)
         return [site for name, site in sites.items() if name not in found]
 
-    def _build_placeholders(self, model, checkpoint_files, device_map):
+    def build_placeholders(self, model, checkpoint_files, device_map=None):
+        """Plan, and give every weight that becomes factors an empty layer, which takes the dense weight too.
+
+        Args:
+            model (`PreTrainedModel`): dense, on the meta device.
+            checkpoint_files (`list[str]`, *optional*): what will be loaded.
+            device_map (*optional*): as of `from_pretrained`.
+        """
         config = self.quantization_config
         names = self._stored_names(model, checkpoint_files)
         available = None if names is None else (lambda site: site.weight_name in names)
         _settle_dtypes(model, self._loaded_dtype)
         if self.session.rehearsing:
-            raise Rehearsed(model, make_plan(model, config, available))
+            raise Rehearsed(model, make_plan(model, config, available), checkpoint_files)
         measured = self.session.measured
         if measured.latencies is None:
             measured.latencies = latencies_for(model, config, available, _fastest(device_map))
         if self.session.measuring:
             measured = Measured(latencies=measured.latencies)
         self.plan = make_plan(model, config, available, measured)
-        if config.needs_statistics and self.plan.sites:
-            if self.session.statistics is None:
-                raise CalibrationError(
-                    f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
-                    "gives none; pass data, saved statistics, or `method='svd'`."
-                )
-            self.session.statistics.check(self.plan.statistics_shapes(config.method.statistics))
         config.modules = self.plan.specs()
         config.record(model, self.session.provenance or None)
         self._largest = max((_dense_bytes(site) for site in self.plan.sites.values()), default=0)
@@ -158,6 +159,18 @@ class LowRankQuantizer(CompositeQuantizer):
         self._sizes = {
             name: p.numel() * p.element_size() for name, p in model.named_parameters() if name not in self.placeholders
         }
+
+    def check_statistics(self):
+        """Raise [`CalibrationError`] or [`StatisticsError`] unless the method finds all that it reads."""
+        config, statistics = self.quantization_config, self.session.statistics
+        if not config.needs_statistics or not self.plan.sites:
+            return
+        if statistics is None:
+            raise CalibrationError(
+                f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
+                "gives none; pass data, saved statistics, or `method='svd'`."
+            )
+        statistics.check(self.plan.statistics_shapes(config.method.statistics))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return param_name in self.placeholders or super().param_needs_quantization(model, param_name, **kwargs)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..formats import FORMATS
 from ..sizes import numbers, tensor_bytes
 from ..surgery import factorized, specs
-from ._table import aligned
+from .table import aligned
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Summary:
 
     def __str__(self):
         head = ("module", "format", "rank", "shape", "parameters", "kept", "MiB", "error")
-        cells = [head] + [
+        rows = [
             (
                 row.name,
                 row.format,
@@ -79,7 +79,7 @@ class Summary:
             )
             for row in self.rows
         ]
-        return "\n".join([*aligned(cells), self.line])
+        return "\n".join([*aligned([head, *rows]), self.line])
 
 
 def summary(model):
