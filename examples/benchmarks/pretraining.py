@@ -29,8 +29,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, logging, set_seed
 
 from benchmarks import setups
-from benchmarks.adapters import DATA, compared, read, write
 from benchmarks.metrics import PeakMemory
+from benchmarks.runs import compared, write
+from benchmarks.tasks import DATA, read
 from hf_lowrank import LowRankConfig, evaluation, factorize, summary
 
 

@@ -121,7 +121,7 @@ class DenseSparseLinear(FormatLinear):
 
     def codes(self):
         """The table S with its zeros, `(out, rank)`, each row for the dictionary of its block."""
-        values = plain(self.values)
+        values = self.values
         empty = values.new_zeros(self.out_features, self.rank)
         if self.mask is not None:
             return empty.masked_scatter(unpack_mask(self.mask, self.rank), values)
@@ -156,14 +156,14 @@ class DenseSparseLinear(FormatLinear):
         return numbers * dtype_size + (0 if kind is None else out_features * kind[2] * kind[1].itemsize)
 
     def dense_weight(self):
-        dictionary = plain(self.dictionary.weight)
+        dictionary = plain(self.dictionary)
         wide = torch.promote_types(dictionary.dtype, torch.float32)
         codes = self.codes().to(wide).unflatten(0, (self.blocks, -1))
         return (codes @ dictionary.to(wide).unflatten(0, (self.blocks, -1))).flatten(0, 1).to(dictionary.dtype)
 
     def factors(self):
         codes = self.codes().detach().double().unflatten(0, (self.blocks, -1))
-        return torch.block_diag(*codes), plain(self.dictionary.weight).detach().double()
+        return torch.block_diag(*codes), plain(self.dictionary).detach().double()
 
     def extra_repr(self):
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}, blocks={self.blocks}"

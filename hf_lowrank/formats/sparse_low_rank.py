@@ -140,7 +140,7 @@ class SparseLowRankLinear(FormatLinear):
     def dense_weight(self):
         left, right = plain(self.left), plain(self.right)
         if self.values is not None:
-            return merged(left, right, plain(self.values), self.indices, self.scaling).to(left.dtype)
+            return merged(left, right, self.values, self.indices, self.scaling).to(left.dtype)
         wide = torch.promote_types(left.dtype, torch.float32)
         return (left.to(wide) @ right.to(wide) * self.scaling).to(left.dtype)
 
@@ -150,7 +150,7 @@ class SparseLowRankLinear(FormatLinear):
     def rest(self):
         if self.values is None:
             return None
-        values = plain(self.values).detach().double()
+        values = self.values.detach().double()
         return sparse_matrix(self.indices.long(), values, (self.out_features, self.in_features))
 
     def extra_repr(self):

@@ -5,8 +5,6 @@ import re
 from dataclasses import MISSING, fields
 from itertools import groupby
 
-from transformers.modelcard import TASK_MAPPING
-
 from ..errors import ConfigError
 from ..methods import METHODS
 from ..readme import TAGS, inherited, rendered
@@ -93,6 +91,9 @@ def has_adapters(model):
 
 def task_of(model_class):
     """What the Hub calls the task of a class of transformers, by its name; `None` if it has no word for it."""
+    # With it come Trainer's arguments, and PEFT.
+    from transformers.modelcard import TASK_MAPPING
+
     return next((task for task, classes in TASK_MAPPING.items() if model_class in classes.values()), None)
 
 
