@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 from ..errors import CheckpointError, ConfigError
 from ..linalg import flat_places, sparse_matrix
 from ._sparse_product import SparseLowRankProduct, merged
-from .base import FormatLinear, as_parameter, check_rank, plain, register_format
+from .base import FormatLinear, as_parameter, check_rank, register_format
 
 
 @register_format("sparse_low_rank")
@@ -138,14 +138,14 @@ class SparseLowRankLinear(FormatLinear):
         return numbers * dtype_size + nonzeros * torch.int32.itemsize
 
     def dense_weight(self):
-        left, right = plain(self.left), plain(self.right)
+        left, right = self.left, self.right
         if self.values is not None:
             return merged(left, right, self.values, self.indices, self.scaling).to(left.dtype)
         wide = torch.promote_types(left.dtype, torch.float32)
         return (left.to(wide) @ right.to(wide) * self.scaling).to(left.dtype)
 
     def factors(self):
-        return plain(self.left).detach().double() * self.scaling, plain(self.right).detach().double()
+        return self.left.detach().double() * self.scaling, self.right.detach().double()
 
     def rest(self):
         if self.values is None:

@@ -36,6 +36,7 @@ class WeightedBasesLinear(FormatLinear):
     """
 
     bias_name = "left.bias"
+    tensors = 5
     output_rows = ("left.weight", "left.bias", "added_left.weight")
     input_columns = ("right.weight", "added_right.weight")
 
