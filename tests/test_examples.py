@@ -208,7 +208,7 @@ def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
 def test_pretraining(tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
     (tmp_path / "tinyshakespeare").mkdir()
-    text = "\n".join(f"line {i}: what is past is prologue" for i in range(2000))
+    text = "\n".join(f"line {i}: what is past is prologue" for i in range(300))
     (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
     command = [sys.executable, "examples/benchmarks/pretraining.py", "--data", str(tmp_path), "--seeds", "1"]
     command += [

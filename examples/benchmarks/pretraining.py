@@ -1,7 +1,7 @@
 """A small Llama from scratch: full rank, low rank, and low rank plus single entries.
 
     PYTHONPATH=examples python examples/benchmarks/pretraining.py [--data DIR] [--texts tinyshakespeare wikipedia]
-        [--variants full "low rank" ...] [--seeds 3] [--steps 400]
+        [--variants full "low rank" ...] [--seeds 3] [--steps 400] [--rate 3e-3]
 
 Bytes are the tokens, so that no tokenizer decides. Every variant of a seed begins with the same embeddings, norms and
 head, and sees the same batches at the same learning rates, with AdamW, 10 % warm-up and a cosine to a tenth. Low
@@ -37,7 +37,7 @@ from hf_lowrank import LowRankConfig, evaluation, factorize, summary
 
 RESULTS = Path(__file__).parent / "results" / "pretraining"
 RANK, DENSITY, SCALE = 4, 0.05, 1.0
-WINDOW, BATCH, RATE = 64, 8, 3e-3
+WINDOW, BATCH = 64, 8
 CONFIG = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "num_attention_heads": 4,
     "max_position_embeddings": WINDOW, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
@@ -123,13 +123,13 @@ def saved_bytes(model, batch):
     return found
 
 
-def train(model, windows, seed, steps, folder):
+def train(model, windows, seed, steps, rate, folder):
     """Run `steps` batches in the order that `seed` gives."""
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=RATE,
+        learning_rate=rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=max(1, steps // 10),
@@ -146,14 +146,14 @@ def train(model, windows, seed, steps, folder):
     Trainer(model, arguments, train_dataset=data).train()
 
 
-def one_run(ids, variant, seed, steps, scratch, trained):
+def one_run(ids, variant, seed, steps, rate, scratch, trained):
     """`(model, facts)` of one variant under one seed."""
     model = start(variant, seed, trained)
     windows = [window for window in ids["train"].split(WINDOW) if len(window) == WINDOW]
     facts = {"saved_bytes": saved_bytes(model.train(), torch.stack(windows[:BATCH]))}
     begin = time.perf_counter()
     with PeakMemory("RssAnon") as memory:
-        train(model, windows, seed, steps, scratch)
+        train(model, windows, seed, steps, rate, scratch)
     facts["seconds"] = round(time.perf_counter() - begin, 1)
     facts["resident_growth"] = memory.peak
     facts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -164,11 +164,10 @@ def one_run(ids, variant, seed, steps, scratch, trained):
     return model, facts
 
 
-def full_rank(name, ids, seed, steps, scratch, cache):
-    """The full-rank model of a seed, out of the cache or trained again."""
-    folder = cache / f"{name}-{seed}-{steps}"
+def full_rank(ids, seed, steps, rate, scratch, folder):
+    """The full-rank model of a seed, kept in `folder` or trained again."""
     if not folder.is_dir():
-        keep(one_run(ids, FULL, seed, steps, scratch, None)[0], folder)
+        keep(one_run(ids, FULL, seed, steps, rate, scratch, None)[0], folder)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -181,11 +180,11 @@ def keep(model, folder):
             os.replace(Path(partial) / "model", folder)
 
 
-def measure(name, data, variants, seeds, steps, output, cache):
+def measure(name, data, variants, seeds, steps, rate, output, cache):
     """Fill in the runs that <output>/<name>.json lacks."""
     path = output / f"{name}.json"
     facts = {
-        "text": name, "steps": steps, "batch": BATCH, "window": WINDOW, "rate": RATE, "rank": RANK, "density": DENSITY,
+        "text": name, "steps": steps, "batch": BATCH, "window": WINDOW, "rate": rate, "rank": RANK, "density": DENSITY,
         "scale": SCALE, "model": CONFIG, "metric": "perplexity of a byte", "better": "lower",
     }  # fmt: skip
     found = json.loads(path.read_text()) if path.exists() else {**facts, "runs": {}}
@@ -195,10 +194,11 @@ def measure(name, data, variants, seeds, steps, output, cache):
     ids = {part: as_ids(text) for part, text in TEXTS[name](data).items()} if wanted else None
     with tempfile.TemporaryDirectory() as scratch:
         for seed, variant in wanted:
-            trained = full_rank(name, ids, seed, steps, scratch, cache) if variant == MAGNITUDE else None
-            model, run = one_run(ids, variant, seed, steps, scratch, trained)
+            kept = cache / f"{name}-{seed}-{steps}-{rate:g}"
+            trained = full_rank(ids, seed, steps, rate, scratch, kept) if variant == MAGNITUDE else None
+            model, run = one_run(ids, variant, seed, steps, rate, scratch, trained)
             if variant == FULL:
-                keep(model, cache / f"{name}-{seed}-{steps}")
+                keep(model, kept)
             found["runs"].setdefault(variant, {})[str(seed)] = run
             found["environment"] = evaluation.environment()
             write(path, found)
@@ -234,13 +234,15 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=setups.CACHE / "pretraining")
     asked = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.set_verbosity_error()
     for name in asked.texts:
-        measure(name, asked.data, asked.variants, asked.seeds, asked.steps, asked.output, asked.cache)
+        sizes = asked.variants, asked.seeds, asked.steps, asked.rate
+        measure(name, asked.data, *sizes, asked.output, asked.cache)
     print(table(asked.output), end="")
 
 
