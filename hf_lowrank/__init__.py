@@ -23,22 +23,36 @@ from .errors import (
     UnknownNameError,
 )
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
-from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
+from .formats import (
+    FORMATS,
+    DenseSparseLinear,
+    FormatLinear,
+    LowRankLinear,
+    PivotedLinear,
+    SharedBasisLinear,
+    SparseLowRankLinear,
+    WeightedBasesLinear,
+    register_format,
+)
 from .integrations import (
     Calibration,
+    FactorizedCheckpoint,
     LowRankConfig,
     LowRankQuantizer,
+    calibrate_checkpoint,
     collect_statistics,
     factorize,
+    factorize_checkpoint,
     model_card,
     residual_adapter,
+    share_initializers,
     to_dense,
     train_only,
 )
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
-from .passes import fold_order
+from .passes import fold_order, merge_linear
 from .recipe import Recipe
 from .reporting import RankProfile, Report, Sample, Summary, rank_profile, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
@@ -59,8 +73,10 @@ __all__ = [
     "CheckpointError",
     "ComputedWeightError",
     "ConfigError",
+    "DenseSparseLinear",
     "Evaluation",
     "EvaluationError",
+    "FactorizedCheckpoint",
     "Factors",
     "FormatLinear",
     "Latencies",
@@ -83,17 +99,22 @@ __all__ = [
     "ResourceError",
     "Sample",
     "SharedBasisLinear",
+    "SparseLowRankLinear",
     "Statistic",
     "Statistics",
     "StatisticsError",
     "Summary",
     "TargetError",
     "UnknownNameError",
+    "WeightedBasesLinear",
+    "calibrate_checkpoint",
     "collect_statistics",
     "evaluate",
     "factorize",
+    "factorize_checkpoint",
     "fold_order",
     "measure_latencies",
+    "merge_linear",
     "model_card",
     "rank_profile",
     "register_allocator",
@@ -102,6 +123,7 @@ __all__ = [
     "register_statistic",
     "report",
     "residual_adapter",
+    "share_initializers",
     "summary",
     "text_samples",
     "to_dense",
@@ -110,7 +132,19 @@ __all__ = [
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("FirstOrderPruningCallback", "MixedRankCallback", "MixedRankTrainer", "TrainedRankPruningCallback")
+NEED_TRAINER = (
+    "BasisSelectionCallback",
+    "FirstOrderPruningCallback",
+    "MaestroCallback",
+    "MaestroTrainer",
+    "MixedRankCallback",
+    "MixedRankTrainer",
+    "SequentialFreezingCallback",
+    "StraightThroughFactorizerCallback",
+    "TrainedRankPruningCallback",
+    "keep_leading",
+    "maestro_ranks",
+)
 
 register_tuners()
 

@@ -1,4 +1,4 @@
-"""Layers that compute one of two things in a training step, and the draw that says which."""
+"""What is drawn for a training step: which of two things a layer computes, or a number out of a pack."""
 
 import torch
 
@@ -47,3 +47,22 @@ def draw(model, probability, seed, step, turn=0):
     layers = two_branch_layers(model).values()
     for layer, drawn in zip(layers, draws(len(layers), probability, seed, step, turn), strict=True):
         layer.drawn = drawn
+
+
+def deal(count, turn, *seeds):
+    """The entry `turn` of an endless series of `range(count)` without replacement, shuffled anew after `count` turns.
+
+    Args:
+        count (`int`): how many different numbers, at least 1.
+        turn (`int`): which entry, from 0 on.
+        *seeds (`int`): what else the series depends on.
+
+    Returns:
+        `int`: from 0 to `count` - 1; every `count` turns in a row, from a multiple of `count` on, have each of them.
+    """
+    mixed = 0
+    for seed in (*seeds, turn // count):
+        mixed = 1000003 * mixed + seed
+    # The generator reads the lower 32 bits of its seed.
+    generator = torch.Generator().manual_seed((mixed ^ mixed >> 32) % 2**32)
+    return int(torch.randperm(count, generator=generator)[turn % count])

@@ -7,14 +7,13 @@ import os
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import CheckpointError
+from .files import PARTIAL, raw, write_json, write_tensors
 
 
 MANIFEST = "manifest.json"
-PARTIAL = ".partial"
-VERSION = 1
+VERSION = 2
 # Entries of a config that say where a model came from, not what it computes; dtypes are those of the weights.
 RECORDS = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 
@@ -26,6 +25,8 @@ class Parts:
         folder (`str`): where; made if it does not exist.
         identity (`dict[str, str]`): everything that decides what the parts hold; parts of another identity are
             refused.
+        independent (`bool`, defaults to `False`): whether each part can be made again by itself, so that one that is
+            damaged may be removed.
 
     Attributes:
         facts (`dict`, *optional*): JSON given to `begin`, by this run or the one it continues.
@@ -34,8 +35,9 @@ class Parts:
         CheckpointError: the folder holds parts of another run.
     """
 
-    def __init__(self, folder, identity):
+    def __init__(self, folder, identity, independent=False):
         self.folder = os.fspath(folder)
+        self._independent = independent
         self.facts = None
         self._identity = {"version": VERSION, **identity}
         os.makedirs(self.folder, exist_ok=True)
@@ -68,10 +70,13 @@ class Parts:
     def _cure(self):
         return f"give an empty `folder`, or remove {self.folder}"
 
+    @property
+    def _cure_of_part(self):
+        return "remove it to have it made again" if self._independent else self._cure
+
     def begin(self, facts):
         """Write the manifest, before any part: the identity, and `facts` that a later run need not find again."""
-        with writing(self._manifest) as partial, open(partial, "w", encoding="utf-8") as file:
-            json.dump({"identity": self._identity, "facts": facts}, file, indent=1)
+        write_json(self._manifest, {"identity": self._identity, "facts": facts})
         self.facts = facts
 
     def path(self, name):
@@ -83,19 +88,26 @@ class Parts:
 
     def write(self, name, tensors, note=None):
         """Write a part: `tensors` by name, and JSON."""
-        # A copy each: tensors may be views of one another, which safetensors refuses.
-        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        with writing(self.path(name)) as partial:
-            save_file(tensors, partial, metadata={"note": json.dumps(note)})
+        layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+        note = json.dumps(note)
+        metadata = {"note": note, "sha256": _digest_of_part(tensors, note)}
+        write_tensors(self.path(name), layout, tensors.__getitem__, metadata)
 
     def read(self, name):
-        """`(tensors, note)` of a part, on the CPU."""
+        """`(tensors, note)` of a part, on the CPU.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not hold what was written.
+        """
         try:
             with safe_open(self.path(name), "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-                return tensors, json.loads(file.metadata()["note"])
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"Cannot read {self.path(name)}: {error}; {self._cure}.") from error
+                note, digest = file.metadata()["note"], file.metadata()["sha256"]
+        except (OSError, SafetensorError, TypeError, KeyError) as error:
+            raise CheckpointError(f"Cannot read {self.path(name)}: {error}; {self._cure_of_part}.") from error
+        if digest != _digest_of_part(tensors, note):
+            raise CheckpointError(f"{self.path(name)} is damaged, its sha256 is another; {self._cure_of_part}.")
+        return tensors, json.loads(note)
 
     def remove(self, name):
         """Remove a part, if it is there."""
@@ -107,16 +119,11 @@ class Parts:
         return sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.is_file())
 
 
-@contextlib.contextmanager
-def writing(path):
-    """Inside, the name to write to: `path` appears, or is replaced, only when the file is complete."""
-    partial = f"{os.fspath(path)}{PARTIAL}"
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(partial)
+def _digest_of_part(tensors, note):
+    digest = hashlib.sha256(note.encode())
+    for key in sorted(tensors):
+        _add(digest, key, tensors[key])
+    return digest.hexdigest()
 
 
 def digest_of_batches(batches):
@@ -136,7 +143,7 @@ def digest_of_model(model):
     """
     digest = hashlib.sha256()
     if hasattr(model, "config"):
-        config = _without_records(model.config.to_dict())
+        config = without_records(model.config.to_dict())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -148,11 +155,11 @@ def digest_of_model(model):
     return digest.hexdigest()
 
 
-def _without_records(config):
+def without_records(config):
     """A config without its records, nor those of the configs inside."""
     if not isinstance(config, dict):
         return config
-    return {key: _without_records(value) for key, value in config.items() if key not in RECORDS}
+    return {key: without_records(value) for key, value in config.items() if key not in RECORDS}
 
 
 def _fetched(module):
@@ -166,6 +173,6 @@ def _fetched(module):
 def _add(digest, key, value):
     if isinstance(value, torch.Tensor):
         digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(raw(value))
     else:
         digest.update(json.dumps([key, value], sort_keys=True, default=lambda other: type(other).__name__).encode())

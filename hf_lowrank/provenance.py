@@ -48,7 +48,7 @@ def describe(model):
     quantization = next(filter(None, map(_quantization, model.modules())), None)
     if quantization is not None:
         plain = quantization if isinstance(quantization, dict) else quantization.to_dict()
-        described["quantization"] = {key: plain[key] for key in ("quant_method", "recipe") if key in plain}
+        described["quantization"] = {key: plain[key] for key in ("quant_method", "recipe", "inner") if key in plain}
     return described
 
 

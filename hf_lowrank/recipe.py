@@ -30,7 +30,7 @@ class Recipe:
             counts latency: time taken / time of the dense linears.
         target_params (`int`, *optional*): parameters the targeted linears may keep, at least 1.
         target_bytes (`int`, *optional*): bytes of the whole model's safetensors files, everything counted; met from
-            below, to within one rank step of one weight.
+            below, to within one rank step of one weight. Where factors are quantized too, of those before that.
         rank (`int`, *optional*): the same rank for every target; at break-even and above a weight stays dense.
         energy (`float`, *optional*): share of the squared weight, in the method's metric, that every weight keeps at
             least, in (0, 1]; there is no budget then, and `allocation` is not asked.
@@ -81,6 +81,11 @@ class Recipe:
         self.allocation = ALLOCATORS.build(self.method.allocation if self.allocation is None else self.allocation)
         if self.format is not None:
             FORMATS[self.format]
+            if self.method.only_format and self.format != self.method.format:
+                raise ConfigError(
+                    f"`format`={self.format!r} cannot hold what `method`={self.method.name!r} makes, which is "
+                    f"{self.method.format!r}; leave `format` unset, or choose another method."
+                )
         if self.refine is not None:
             self.refine = REFINEMENTS.build(self.refine)
             if self.method.share_layers > 1:
@@ -90,6 +95,7 @@ class Recipe:
                     "`joint_groups` inside the blocks, or leave `refine` unset."
                 )
         self._check_budget()
+        self._check_start()
         self._check_patterns()
         if not is_integer(self.rank_multiple, 1):
             raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
@@ -124,6 +130,26 @@ class Recipe:
                     f"`{name}` counts what is stored, and `allocation`={self.allocation.name!r} with cost='latency' "
                     "counts time; give `param_ratio`, which is then the fraction of the dense linears' time."
                 )
+        if self.target_bytes is not None and self.allocation.needs_latencies:
+            raise ConfigError(
+                f"`target_bytes` spends what `allocation`={self.allocation.name!r} with rounding='latency' leaves; "
+                "give `param_ratio` or `target_params`."
+            )
+
+    def _check_start(self):
+        if not self.method.initialises:
+            return
+        for name, given in (
+            ("energy", self.energy is not None),
+            ("allocation", self.needs_curves or self.needs_probe),
+            ("refine", self.refine is not None),
+        ):
+            if given:
+                value = getattr(self, name)
+                raise ConfigError(
+                    f"`{name}`={getattr(value, 'name', value)!r} compares with the dense weights, which `method`="
+                    f"{self.method.name!r} does not approximate but replaces, to train from scratch; leave it out."
+                )
 
     def _check_patterns(self):
         for name in ("target_modules", "exclude_modules"):
@@ -156,6 +182,11 @@ class Recipe:
                 )
 
     @property
+    def rank_step(self):
+        """What every rank has to be a multiple of, whatever `rank_multiple` is."""
+        return 1
+
+    @property
     def needs_statistics(self):
         """Whether the method reads calibration statistics."""
         return bool(self.method.statistics)
@@ -185,7 +216,7 @@ class Recipe:
     @property
     def needs_latencies(self):
         """Whether ranks depend on how fast factorized layers run."""
-        return self.energy is None and self.rank is None and self.allocation.cost == "latency"
+        return self.energy is None and self.rank is None and self.allocation.needs_latencies
 
     def to_json(self):
         """The recipe as plain JSON, defaults included; the calibration is described by whoever resolved it."""

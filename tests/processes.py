@@ -35,7 +35,7 @@ def run_without(absent, code, **environment):
     return run(head + code, "-S", **environment)
 
 
-def run_script(script, *arguments, processes=1):
+def run_script(script, *arguments, processes=1, timeout=300):
     """A script that trains on the CPU, in one process or in several that torchrun starts."""
     command = [sys.executable]
     if processes > 1:
@@ -46,7 +46,7 @@ def run_script(script, *arguments, processes=1):
         command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     command += [str(script), *(str(argument) for argument in arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 WORKER = """

@@ -15,7 +15,7 @@ from hub import Hub
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, cards, quality, runs, setups, table, training  # noqa: E402
+from benchmarks import adapters, basis_selection, cards, quality, runs, setups, table, training  # noqa: E402
 
 
 def run(*command, **environment):
@@ -103,6 +103,24 @@ def test_report(tmp_path):
     assert (tmp_path / "report.html").stat().st_size < 300_000
 
 
+def test_factorize_from_command_line(tmp_path):
+    pytest.importorskip("optimum.commands", reason="optimum is not installed")
+    folder = tmp_path / "results"
+    done = run(sys.executable, "examples/factorize_from_command_line.py", "--smoke", "--folder", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\$ optimum-cli lowrank ([\w-]+)", done.stdout, re.M) == [
+        "list", "inspect", "calibrate", "factorize", "evaluate", "factorize", "evaluate", "evaluate", "to-dense",
+    ]  # fmt: skip
+    kept = {name: int(n) for name, n in re.findall(r"^(0\.\d) .* (\d+) factorized layers", done.stdout, re.M)}
+    assert kept.keys() == {"0.9", "0.8"} and all(kept.values())
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "dense",
+        "kept-0.9",
+        "kept-0.8",
+        "dense-again",
+    }
+
+
 def test_commands_in_the_readmes_name_files_that_exist():
     documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
     for readme in documents:
@@ -187,12 +205,117 @@ def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
     assert recipe["calibration"]["data"] == "self"
 
 
+def test_pretraining(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    (tmp_path / "tinyshakespeare").mkdir()
+    text = "\n".join(f"line {i}: what is past is prologue" for i in range(2000))
+    (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
+    command = [sys.executable, "examples/benchmarks/pretraining.py", "--data", str(tmp_path), "--seeds", "1"]
+    command += [
+        "--texts",
+        "tinyshakespeare",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path / "c"),
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    runs = {
+        name: found["0"] for name, found in json.loads((tmp_path / "tinyshakespeare.json").read_text())["runs"].items()
+    }
+    sizes = {name: (found["parameters"], found["bytes"]) for name, found in runs.items()}
+    assert len(runs) == 6
+    assert sizes["low rank"] < sizes["low rank, equal parameters"] < sizes["low rank, equal bytes"] < sizes["full"]
+    for name, which in (("low rank, equal parameters", 0), ("low rank, equal bytes", 1)):
+        # Met from below, to within a rank of every weight.
+        assert 0.9 * sizes["sltrain"][which] < sizes[name][which] <= sizes["sltrain"][which]
+    assert sizes["sltrain"] == sizes["sltrain, magnitude"]
+    assert runs["sltrain"]["training_bytes"] < runs["full"]["training_bytes"]
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert " s\n" not in again.stdout, "nothing is measured twice"
+    assert "| tinyshakespeare | sltrain, magnitude | 1 |" in again.stdout
+
+
+def test_variants_after_a_plus_sign_are_quantized_or_corrected(tmp_path, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from hf_lowrank.testing import tiny_model
+
+    monkeypatch.setattr(quality, "GROUP", 32)
+    dense, inputs = tiny_model("llama")
+    dense.save_pretrained(tmp_path)
+    maker = quality.Maker(tmp_path, None, tmp_path)
+    names = ("svd-0.5", "svd-0.5+int8", "svd-0.9+int4", "int4", "int4+residual")
+    made = {name: maker.make(name, quality.parse(name)) for name in names}
+    sizes = {name: size for name, (_, size, _) in made.items()}
+    assert sizes["svd-0.5+int8"].linear_parameters == sizes["svd-0.5"].linear_parameters
+    assert sizes["svd-0.5+int8"].linear_bytes < 0.65 * sizes["svd-0.5"].linear_bytes
+    # Half a byte a number, and a scale and a zero of two bytes for 32 of them; matrices too small for a rank of 32
+    # have a left factor that cannot be divided so.
+    matrices = [p for name, p in made["svd-0.9+int4"][0].named_parameters() if "layers" in name and p.ndim == 2]
+    expected = sum(p.numel() * (1 / 2 + 4 / 32 if p.shape[1] % 32 == 0 else 2) for p in matrices)
+    assert sizes["svd-0.9+int4"].linear_bytes == expected < sizes["int4"].linear_bytes
+    corrected = made["int4+residual"][0]
+    lora = [p for name, p in corrected.named_parameters() if "lora_" in name]
+    added = sum(p.numel() for p in lora)
+    assert {p.dtype for p in lora} == {torch.bfloat16}
+    assert sizes["int4+residual"].bytes == sizes["int4"].bytes + 2 * added
+    assert added == 16 * sum(sum(m.weight.shape) for name, m in dense.named_modules() if name.endswith("_proj"))
+
+    def lost(model):
+        return (model(**inputs()).logits.float() - dense(**inputs()).logits).norm().item()
+
+    assert lost(corrected) < 0.8 * lost(made["int4"][0])
+    assert {"quantization", "residual"} <= set(made["int4+residual"][2])
+
+
+def test_export_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'hf-lowrank[export]'")
+    done = run(sys.executable, "examples/export_onnx.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(dense|factors|factors in int8) +([\d.]+) +[\d.]+ +(\S+)$", done.stdout, re.M)
+    assert [name for name, _, _ in rows] == ["dense", "factors", "factors in int8"]
+    assert float(rows[1][2]) < 1e-5
+
+
 def test_adapter_speed():
     pytest.importorskip("peft", reason="peft is not installed")
     done = run(sys.executable, "examples/benchmarks/adapter_speed.py", "--tiny")
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(\w[\w, ]*?) {2,}(\d\.\d{3})", done.stdout, re.M))
     assert rows == dict.fromkeys(("lora", "wara", "wara, db4", "wara, db4, shared"), "1.000"), "equal parameters"
+
+
+def test_training_speed():
+    done = run(sys.executable, "examples/benchmarks/training_speed.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    for line in (r"left rests +\d", r"turns +\d", r"by latency +step \d", r"pairs +7\n"):
+        assert re.search(line, done.stdout), line
+
+
+def test_basis_selection_is_compared_at_its_size_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    task = basis_selection.Tiny()
+    basis_selection.measure(task, path, 0.5, ["basis_selection"], 1, 6)
+    first = json.loads(path.read_text())
+    basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 6)
+    found = json.loads(path.read_text())
+    assert found["runs"]["basis_selection"] == first["runs"]["basis_selection"]
+    kept = {variant: runs["0"]["kept"] for variant, runs in found["runs"].items()}
+    assert kept["dense"] == 1
+    assert kept["basis_selection"] < 0.6
+    # Ranks of these small weights are coarse.
+    assert kept["basis_selection"] - 0.05 < kept["svd_llm"] <= kept["basis_selection"]
+    assert all(0 < runs["0"]["score"] < 2 * found["before"] for runs in found["runs"].values())
+    capsys.readouterr()
+    basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 6)
+    assert "perplexity" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was measured otherwise"):
+        basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 7)
 
 
 @pytest.mark.real
@@ -202,11 +325,12 @@ def test_quality(tmp_path):
         pytest.skip("no data (HF_LOWRANK_DATA) or no model in the cache; `make test` fetches the model")
     pytest.importorskip("torchao", reason="torchao is not installed")
     command = [sys.executable, "examples/benchmarks/quality.py", "--data", str(data), "--output", str(tmp_path)]
-    sizes = ["--window", "256", "--windows", "2", "--limit", "2", "--variants", "dense", "int8", "int4", "svd-0.9"]
+    sizes = ["--window", "256", "--windows", "2", "--limit", "2", "--variants"]
+    sizes += ["dense", "int8", "int4", "svd-0.9", "svd-0.9+int8"]
     done = run(*command, *sizes)
     assert done.returncode == 0, done.stderr
     results = {entry["variant"]: entry["evaluation"] for entry in table.read(tmp_path)}
-    assert list(results) == ["dense", "svd-0.9", "int8", "int4"], "largest first"
+    assert list(results) == ["dense", "svd-0.9", "int8", "svd-0.9+int8", "int4"], "largest first"
     dense, int8, int4 = (results[name]["perplexity"]["wikitext2"]["perplexity"] for name in ("dense", "int8", "int4"))
     assert abs(int8 / dense - 1) < 0.05
     assert dense < int4 < 2 * dense

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,25 @@ def test_a_damaged_or_missing_part_is_named_with_the_cure(tmp_path):
             CheckpointError, match=f"Cannot read .*{name}.safetensors.*give an empty `folder`, or remove"
         ):
             parts.read(name)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    parts = Parts(tmp_path, {})
+    parts.write("a", {"x": torch.arange(3.0), "y": torch.arange(2)}, {"error": 0.5})
+    whole = bytearray(Path(parts.path("a")).read_bytes())
+    for position in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        Path(parts.path("a")).write_bytes(flipped)
+        try:
+            tensors, note = parts.read("a")
+        except CheckpointError as error:
+            assert parts.path("a") in str(error)
+        else:
+            # The padding of the header means nothing.
+            assert (list(tensors), note) == (["x", "y"], {"error": 0.5})
+            assert torch.equal(tensors["x"], torch.arange(3.0)) and torch.equal(tensors["y"], torch.arange(2))
+            assert whole[position : position + 1].isspace()
 
 
 def test_the_digest_of_batches_sees_every_difference():

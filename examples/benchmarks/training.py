@@ -128,9 +128,7 @@ def by_maestro(run, model):
     return model
 
 
-METHODS = {"svd": by_svd, "fwsvd": by_fwsvd, "lpaf": by_lpaf, "trp": by_trp}
-if hasattr(training, "MaestroCallback"):
-    METHODS["maestro"] = by_maestro
+METHODS = {"svd": by_svd, "fwsvd": by_fwsvd, "lpaf": by_lpaf, "trp": by_trp, "maestro": by_maestro}
 
 
 def dense(task, seed, steps, cache, folder):

@@ -1,1 +1,1 @@
-"""`optimum-cli lowrank`: the library from the command line."""
+"""`optimum-cli lowrank`: the library from the command line, one file a command."""

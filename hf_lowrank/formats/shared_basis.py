@@ -3,7 +3,7 @@ from torch import nn
 
 from ..checks import is_integer
 from ..errors import CheckpointError, LowRankError, RankError
-from .base import FormatLinear, as_parameter, plain, register_format
+from .base import FormatLinear, as_parameter, plain, register_format, shape_of
 
 
 @register_format("shared_basis")
@@ -109,7 +109,7 @@ class SharedBasisLinear(FormatLinear):
     @property
     def rank(self):
         """Number of columns of `left`, read off the weights."""
-        return self.left.weight.shape[1]
+        return shape_of(self.left)[1]
 
     def forward(self, x):
         right = self.basis
@@ -133,12 +133,12 @@ class SharedBasisLinear(FormatLinear):
         return rank * (out_features + in_features)
 
     def dense_weight(self):
-        left, right = plain(self.left.weight), plain(self.basis.weight)
+        left, right = plain(self.left), plain(self.basis)
         wide = torch.promote_types(left.dtype, torch.float32)
         return (left.to(wide) @ right.to(left.device, wide)).to(left.dtype)
 
     def factors(self):
-        left, right = plain(self.left.weight).detach(), plain(self.basis.weight).detach()
+        left, right = plain(self.left).detach(), plain(self.basis).detach()
         return left.double(), right.to(left.device).double()
 
     def release(self, borrowers):

@@ -11,6 +11,8 @@ from .from_pretrained import install_keyword
 from .guard import install_guard
 from .hub import install_push
 from .model_card import model_card
+from .onnx import share_initializers
+from .out_of_core import FactorizedCheckpoint, calibrate_checkpoint, factorize_checkpoint
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .quantizer import LowRankQuantizer
@@ -27,14 +29,18 @@ logging.getLogger("hf_lowrank").parent = transformers_logging.get_logger("transf
 
 __all__ = [
     "Calibration",
+    "FactorizedCheckpoint",
     "LowRankConfig",
     "LowRankQuantizer",
+    "calibrate_checkpoint",
     "collect_statistics",
     "conv1d",
     "experts",
     "factorize",
+    "factorize_checkpoint",
     "model_card",
     "residual_adapter",
+    "share_initializers",
     "to_dense",
     "train_only",
 ]

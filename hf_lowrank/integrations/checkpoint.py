@@ -1,10 +1,12 @@
 """What a checkpoint holds, read from file headers: no weight is touched."""
 
+import copy
+import functools
 from pickle import UnpicklingError
 
 from safetensors import SafetensorError, safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_utils import load_state_dict
 
 from ..errors import CheckpointError
@@ -31,23 +33,78 @@ def stored_keys(files):
     return found
 
 
-def parameter_names(model, keys, key_mapping=None):
-    """The parameter names of `model` that loading `keys` will fill, after transformers' own renaming and merging."""
-    mapping = get_model_conversion_mapping(model, key_mapping)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict()
-    names = set()
-    for key in keys:
-        name, source = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state and key in state:
-            name = key
-        names.add(name)
-        if source is not None:
-            # A one-to-many conversion is known by its first target; the others share its prefix.
-            converter = next(c for c in converters if source in c.source_patterns)
-            names.update(name.replace(converter.target_patterns[0], t) for t in converter.target_patterns[1:])
-    return names
+class Conversions:
+    """Which parameters transformers makes of which keys of a checkpoint, by its own renaming and merging.
+
+    A conversion is known by the first parameter that it makes; most make one parameter of one key.
+
+    Args:
+        model (`PreTrainedModel`): the skeleton; its state says what a parameter is.
+        keys (`Iterable[str]`): of the checkpoint.
+        key_mapping (`dict`, *optional*): as given to `from_pretrained`.
+        quantizer (`HfQuantizer`, *optional*): whose own conversions count too.
+
+    Attributes:
+        keys (`dict[str, list[tuple]]`): `(key, pattern)` of what is read, by conversion; the pattern is `None` where a
+            key is only renamed.
+        unexpected (`dict[str, list[tuple]]`): the same of what would be made and is no parameter.
+        used (`list[WeightTransform]`): the rules that matched, which saving goes back by.
+    """
+
+    def __init__(self, model, keys, key_mapping=None, quantizer=None):
+        rules = get_model_conversion_mapping(model, key_mapping, quantizer)
+        renamings = [entry for entry in rules if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in rules if isinstance(entry, WeightConverter)]
+        self._rules = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        self.keys, self.unexpected = {}, {}
+        prefix, state = model.base_model_prefix, model.state_dict()
+        for key in sorted(keys, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            (self.keys if name in state else self.unexpected).setdefault(name, []).append((key, pattern))
+        self.used = [rule for rule in rules if rule.was_used()]
+        self._dtypes = {name: state[name].dtype for name in self.keys}
+
+    def names(self, conversion):
+        """The parameters that a conversion makes."""
+        pattern = (self.keys.get(conversion) or self.unexpected[conversion])[0][1]
+        if pattern is None:
+            return [conversion]
+        # A one-to-many conversion is known by its first target; the others share its prefix.
+        first, *others = self._rules[pattern].target_patterns
+        return [conversion, *(conversion.replace(first, other) for other in others)]
+
+    def convert(self, model, conversion, read, quantizer=None):
+        """`{parameter: tensor}` of one conversion.
+
+        Args:
+            model (`PreTrainedModel`): the skeleton.
+            conversion (`str`): a key of `keys`.
+            read (`Callable[[str], torch.Tensor]`): the tensor of a key.
+            quantizer (`HfQuantizer`, *optional*): what factorizes the parameters it knows.
+        """
+        sources = self.keys[conversion]
+        key, pattern = sources[0]
+        rule = WeightRenaming(key, conversion) if pattern is None else copy.deepcopy(self._rules[pattern])
+        if quantizer is not None and quantizer.param_needs_quantization(model, conversion):
+            rule.quantization_operation = quantizer.get_quantize_ops()
+        for key, pattern in sources:
+            rule.add_tensor(
+                conversion, key, pattern or key, functools.partial(_cast, read, key, self._dtypes[conversion])
+            )
+        made = rule.convert(conversion, model=model, config=model.config, hf_quantizer=quantizer)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _cast(read, key, dtype):
+    return read(key).to(dtype)
+
+
+def parameter_names(model, keys, key_mapping=None, quantizer=None):
+    """The names that loading `keys` into `model` gives them, after transformers' own renaming and merging."""
+    conversions = Conversions(model, keys, key_mapping, quantizer)
+    return {name for made in (conversions.keys, conversions.unexpected) for c in made for name in conversions.names(c)}
 
 
 def check_complete(model, dense_sites, names):

@@ -5,8 +5,6 @@ import re
 from dataclasses import MISSING, fields
 from itertools import groupby
 
-from transformers.modelcard import TASK_MAPPING
-
 from ..errors import ConfigError
 from ..methods import METHODS
 from ..readme import TAGS, inherited, rendered
@@ -77,7 +75,11 @@ def model_card(model=None, repo_id=None, evaluation=None, dense=None, command=No
         repo_id=repo_id or "THIS REPOSITORY",
         subject=f"[{base}](https://huggingface.co/{base})" if base else f"A `{described['model_class']}`",
         quality=quality(evaluation, dense),
-        facts={**_facts(recipe), **({} if command is None else {"command": f"`{command}`"})},
+        facts={
+            **_facts(recipe),
+            **_packing(described["inner"]),
+            **({} if command is None else {"command": f"`{command}`"}),
+        },
         versions=recipe.get("versions") or (evaluation or {}).get("environment"),
     )
 
@@ -89,6 +91,9 @@ def has_adapters(model):
 
 def task_of(model_class):
     """What the Hub calls the task of a class of transformers, by its name; `None` if it has no word for it."""
+    # With it come Trainer's arguments, and PEFT.
+    from transformers.modelcard import TASK_MAPPING
+
     return next((task for task, classes in TASK_MAPPING.items() if model_class in classes.values()), None)
 
 
@@ -97,6 +102,7 @@ def _of_model(model):
     return {
         "model_class": type(model).__name__,
         "recipe": getattr(config, "recipe", None) or {},
+        "inner": config.to_dict().get("inner") if hasattr(config, "to_dict") else None,
         "layers": f"{len(found.rows)} linear layers are" if factorized(model) else "",
         "ranks": _rank_table(found.rows),
         **{name: getattr(found, name) for name in ("parameters", "bytes", "dense_parameters", "dense_bytes")},
@@ -111,6 +117,7 @@ def _of_evaluation(evaluation, dense):
     return {
         "model_class": evaluation["model"]["class"],
         "recipe": evaluation["model"].get("quantization", {}).get("recipe", {}),
+        "inner": evaluation["model"].get("quantization", {}).get("inner"),
         "layers": "linear layers are",
         "ranks": "",
         **sizes,
@@ -135,6 +142,14 @@ def _facts(recipe):
     if "versions" in recipe:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
     return facts
+
+
+def _packing(inner):
+    """What an inner quantizer has made of the factors, in words."""
+    if inner is None:
+        return {}
+    kind = inner.get("quant_type", {}).get("default", {}).get("_type")
+    return {"factors quantized by": f"`{inner['quant_method']}`{f', `{kind}`' if kind else ''}"}
 
 
 def _calibration_in_words(data):

@@ -44,9 +44,11 @@ class Rehearsed(Exception):  # noqa: N818 (nothing went wrong)
     Args:
         model (`PreTrainedModel`): the dense skeleton, on the meta device.
         plan ([`Plan`]): what would happen to it.
+        files (`list[str]`, *optional*): what would be read; `None` where it is not files.
     """
 
-    def __init__(self, model, plan):
+    def __init__(self, model, plan, files):
         super().__init__("rehearsed")
         self.model = model
         self.plan = plan
+        self.files = files

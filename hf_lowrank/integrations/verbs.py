@@ -43,6 +43,11 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
     config = config.again()
+    if config.inner is not None:
+        raise ConfigError(
+            "`config` asks for quantized factors, which are made while a model loads; factorize with a LowRankConfig "
+            "of your own, save, and call from_pretrained(folder, quantization_config=...)."
+        )
     calibration = config.calibration if calibration is None else calibration
     return factorize_in_memory(model, config, calibration, _tokenizer_for(model, tokenizer))
 

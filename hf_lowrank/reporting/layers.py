@@ -6,7 +6,7 @@ from ..errors import LowRankError, TargetError
 from ..linalg import difference_energy, product_singular_values, singular_energies
 from ..surgery import all_sites, factorized, selected_sites, specs
 from .places import places
-from .spectra import Spectrum, spectrum_of
+from .spectrum import Spectrum, spectrum_of
 from .summary import Row, summary
 
 

@@ -8,7 +8,7 @@ from ..checks import is_number
 from ..errors import ConfigError
 from ..linalg import energy_rank, require_finite
 from ..surgery import match_sites
-from ._table import aligned
+from .table import aligned
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from types import UnionType
 from typing import get_args, get_type_hints
 
 from ..errors import ConfigError
-from ..parts import writing
+from ..files import writing
 from ..provenance import describe, environment
 from .budget import Budget, budget_of
 from .layers import Layer, layers_of

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from ..formats import FORMATS
+from ..sizes import numbers, tensor_bytes
 from ..surgery import factorized, specs
-from ._table import aligned
+from .table import aligned
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Summary:
 
     def __str__(self):
         head = ("module", "format", "rank", "shape", "parameters", "kept", "MiB", "error")
-        cells = [head] + [
+        rows = [
             (
                 row.name,
                 row.format,
@@ -78,7 +79,7 @@ class Summary:
             )
             for row in self.rows
         ]
-        return "\n".join([*aligned(cells), self.line])
+        return "\n".join([*aligned([head, *rows]), self.line])
 
 
 def summary(model):
@@ -92,6 +93,7 @@ def summary(model):
     """
     rows, saved_numbers, saved_bytes = [], 0, 0
     tensors = {id(p): p for p in model.parameters()}
+    counted = {*tensors, *(id(b) for b in model.buffers())}
     described = specs(model)
     for name, kind in factorized(model).items():
         spec = described[name]
@@ -99,20 +101,21 @@ def summary(model):
         own = list(kind.stored(model, name).values())
         # Orders and masks are buffers, and stored like the weights.
         tensors.update((id(t), t) for t in own)
-        stored, size = _count(own)
+        stored, size = _count(own, counted)
         dense = copies * out_features * in_features
-        # The order of a pivoted layer is of integers, whatever the dtype of the weight.
-        dense_size = dense * next((t for t in own if t.is_floating_point()), own[0]).element_size()
+        # The order of a pivoted layer is of integers, and packed weights may be, whatever the dtype of the weight was.
+        found = (t for t in (*own, *model.parameters()) if id(t) in counted and t.is_floating_point())
+        dense_size = dense * next(found, own[0]).element_size()
         shape = f"{out_features} x {in_features}" if copies == 1 else f"{copies} x {out_features} x {in_features}"
         edge = FORMATS[spec["format"]].break_even(out_features, in_features)
         error = spec.get("relative_error")
         rows.append(Row(name, spec["format"], spec["rank"], shape, stored, dense, size, dense_size, edge, error))
         saved_numbers += dense - stored
         saved_bytes += dense_size - size
-    parameters, size = _count(tensors.values())
+    parameters, size = _count(tensors.values(), counted)
     return Summary(rows, parameters, parameters + saved_numbers, size, size + saved_bytes)
 
 
-def _count(tensors):
-    """`(numbers, bytes)` of some tensors."""
-    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+def _count(tensors, counted):
+    """`(numbers, bytes)` of some tensors; scales that a quantizer stores beside them are not among the `counted`."""
+    return sum(numbers(t) for t in tensors if id(t) in counted), sum(tensor_bytes(t) for t in tensors)

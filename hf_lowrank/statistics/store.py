@@ -1,14 +1,13 @@
 """Statistics in memory or in one safetensors file: what a calibration pass leaves behind."""
 
 import json
-import math
 import os
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import StatisticsError
-from ..parts import writing
+from ..files import write_tensors
 from .base import STATISTICS
 from .push import push_statistics
 
@@ -87,8 +86,10 @@ class Statistics:
     def save(self, path):
         """Write everything to one safetensors file; the file appears only when it is complete."""
         header = {"format": FORMAT, "version": VERSION, "leaders": self.leaders, "provenance": self.provenance}
-        with writing(path) as partial:
-            _write(partial, self._shapes, self._read, {"hf_lowrank": json.dumps(header)})
+        layout = {f"{owner}:{name}": (torch.float64, tuple(shape)) for (owner, name), shape in self._shapes.items()}
+        write_tensors(
+            path, layout, lambda key: self._read(*key.rsplit(":", 1)).double(), {"hf_lowrank": json.dumps(header)}
+        )
 
     def push_to_hub(
         self,
@@ -168,21 +169,6 @@ class StatisticsFiles(Statistics):
 
     def _read(self, owner, name):
         return self._files[owner, name]._read(owner, name)
-
-
-def _write(path, shapes, read, metadata):
-    """Write a safetensors file of float64 tensors; the library's own writer wants all of them in memory at once."""
-    layout, end = {"__metadata__": metadata}, 0
-    for (owner, name), shape in sorted(shapes.items()):
-        start, end = end, end + math.prod(shape) * torch.float64.itemsize
-        layout[f"{owner}:{name}"] = {"dtype": "F64", "shape": list(shape), "data_offsets": [start, end]}
-    header = json.dumps(layout).encode()
-    # The format wants numbers to start at a multiple of 8 bytes.
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for owner, name in sorted(shapes):
-            file.write(read(owner, name).double().cpu().contiguous().numpy().astype("<f8", copy=False).data)
 
 
 def check_finite(owner, name, tensor):

@@ -1,8 +1,5 @@
 """Mixed-rank fine-tuning: draw a branch for every layer and step, and compare two draws of a step."""
 
-from contextlib import contextmanager
-
-from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -11,6 +8,7 @@ from ..draws import draw, two_branch_layers
 from ..errors import ConfigError, TargetError
 from ..refine.distillation import logit_loss
 from ..sharding import refuse_sharded
+from ._passes import Computed, refuse_two_passes, replaced_forward
 
 
 class MixedRankCallback(TrainerCallback, ExportableState):
@@ -127,18 +125,8 @@ class MixedRankTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
 
     def train(self, *args, **kwargs):
-        inner = self.accelerator.unwrap_model(self.model)
-        checkpointing = self.args.activation_checkpointing or getattr(inner, "is_activation_checkpointing", False)
-        if self.consistency_weight and checkpointing:
-            raise ConfigError(
-                "Gradient checkpointing recomputes the first of two passes after the second has drawn other branches; "
-                "turn it off, or give MixedRankTrainer consistency_weight=0."
-            )
-        if self.consistency_weight and self.args.n_gpu > 1:
-            raise ConfigError(
-                f"One process drives {self.args.n_gpu} GPUs, whose copies of the model cannot make two passes each; "
-                "start one process a GPU with `torchrun` or `accelerate launch`."
-            )
+        if self.consistency_weight:
+            refuse_two_passes(self, "MixedRankTrainer consistency_weight=0")
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -155,8 +143,8 @@ class MixedRankTrainer(Trainer):
             return tuple(outputs)
 
         # One call of what wraps the model for several processes: it looks for the parameters in use after each call.
-        with _replaced_forward(inner, both):
-            passes = [_Computed(inner, lambda **batch: model(**batch)[0]), _Computed(inner, lambda **_: outputs[1])]
+        with replaced_forward(inner, both):
+            passes = [Computed(inner, lambda **batch: model(**batch)[0]), Computed(inner, lambda **_: outputs[1])]
             losses = [super(MixedRankTrainer, self).compute_loss(p, dict(inputs), False, None) for p in passes]
         distance = self._distance(*(output["logits"] for output in outputs), inputs.get("attention_mask"))
         loss = sum(losses) / 2 + self.consistency_weight / 2 * distance
@@ -175,35 +163,3 @@ class MixedRankTrainer(Trainer):
 
     def _mixed_rank_callback(self):
         return next((c for c in self.callback_handler.callbacks if isinstance(c, MixedRankCallback)), None)
-
-
-class _Computed(nn.Module):
-    """Stands in for a model where `Trainer` computes a loss from outputs that another call has made."""
-
-    def __init__(self, model, outputs):
-        super().__init__()
-        # Not registered: `Trainer` asks for the names of its class.
-        self.__dict__.update(outputs=outputs, _get_name=lambda: _architecture(model)._get_name())
-
-    def forward(self, **inputs):
-        return self.outputs(**inputs)
-
-
-def _architecture(model):
-    """The transformers model inside an adapted one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextmanager
-def _replaced_forward(module, replacement):
-    """Inside, calling `module` calls `replacement(its forward, ...)`."""
-    own = module.__dict__.get("forward")
-    forward = module.forward
-    module.forward = lambda *args, **kwargs: replacement(forward, *args, **kwargs)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

@@ -5,7 +5,7 @@ import pytest
 from hf_lowrank import LowRankConfig, Report, factorize, report
 from hf_lowrank.reporting.budget import Budget
 from hf_lowrank.reporting.layers import Layer
-from hf_lowrank.reporting.spectra import Spectrum
+from hf_lowrank.reporting.spectrum import Spectrum
 from hf_lowrank.testing import tiny_model
 
 

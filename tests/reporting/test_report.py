@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowrank import ConfigError, LowRankConfig, LowRankError, Report, Sample, factorize, report, summary
+from hf_lowrank import (
+    ConfigError,
+    LowRankConfig,
+    LowRankError,
+    Report,
+    ResourceError,
+    Sample,
+    factorize,
+    report,
+    summary,
+)
 from hf_lowrank.testing import tiny_model
 
 from .conftest import evaluation
@@ -128,7 +138,7 @@ def test_a_failure_leaves_what_was_there(full, tmp_path, monkeypatch):
         return opened
 
     monkeypatch.setattr(builtins, "open", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ResourceError, match=r"report.html: No space left .* free some space"):
         full.save(tmp_path)
     assert os.listdir(tmp_path) == ["report.json"]
     assert (tmp_path / "report.json").read_text() == "old"

@@ -19,13 +19,18 @@ def read_modules(config):
         config (`dict`): `quantization_config` of config.json.
 
     Raises:
-        ServingError: another version, no modules, or a module that cannot be served.
+        ServingError: another version, quantized factors, no modules, or a module that cannot be served.
     """
     version = config.get("version")
     if version != VERSION:
         raise ServingError(
             f"This checkpoint has lowrank config version {version!r}, this plugin reads version {VERSION}; install "
             "the hf-lowrank that wrote it beside vLLM."
+        )
+    if config.get("inner") is not None:
+        raise ServingError(
+            "The factors of this checkpoint are quantized, and this plugin applies ordinary ones; serve a model that "
+            "was factorized without `quantization_config`."
         )
     modules = config.get("modules")
     if not isinstance(modules, dict) or not modules:

@@ -34,6 +34,10 @@ def checkpoint(tmp_path_factory):
     ("described", "message"),
     [
         (config({"a": LOW_RANK}, version=2), "version 2, this plugin reads version 1; install the hf-lowrank"),
+        (
+            {**config({"a": LOW_RANK}), "inner": {"quant_method": "torchao"}},
+            "factors of this checkpoint are quantized",
+        ),
         (config({}), "a recipe that was not carried out"),
         ({"quant_method": "lowrank", "version": 1, "recipe": {}}, "a recipe that was not carried out"),
         (config({"a": {"format": "wavelet", "rank": 3}}), r"a as .*wavelet.*truncate\(model, format=\"low_rank\"\)"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_lowrank import FORMATS, LowRankConfig, TargetError, factorize, report, to_dense
-from hf_lowrank.reporting.spectra import POINTS, spectrum_of
+from hf_lowrank.reporting.spectrum import POINTS, spectrum_of
 from hf_lowrank.surgery import all_sites
 from hf_lowrank.testing import tiny_model
 

@@ -1,0 +1,63 @@
+"""`optimum-cli lowrank evaluate`."""
+
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..evaluation import evaluate
+from ..integrations.loading import load_causal
+from .options import add_parameters, documentation, given
+
+
+OPTIONS = ("preset", "max_windows", "limit", "batch_tokens")
+
+
+def add_arguments(parser):
+    """Arguments of the command."""
+    documented = documentation(evaluate)
+    parser.add_argument("model", help="folder or repository, dense or factorized")
+    for name, what in (("perplexity", "[NAME=]FILE"), ("multiple_choice", "NAME[=FILE]")):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            nargs="+",
+            action="extend",
+            metavar=what,
+            help=f"{what}, as often as wanted; {documented[name].text}".replace("%", "%%"),
+        )
+    parser.add_argument("--output", metavar="FILE", help="write the result to a JSON file too")
+    parser.add_argument("--dtype", help="load in this dtype; that of the checkpoint by default")
+    add_parameters(parser, evaluate, OPTIONS)
+
+
+def run(arguments):
+    """Run the command; returns the [`Evaluation`]."""
+    model = load_causal(arguments.model, arguments.dtype)
+    result = evaluate(
+        model,
+        perplexity=_texts(arguments.perplexity),
+        multiple_choice=_tasks(arguments.multiple_choice),
+        **given(arguments, OPTIONS),
+    )
+    if arguments.output is not None:
+        result.save(arguments.output)
+    return result
+
+
+def _texts(entries):
+    """`{name: data}`; a file without a name has its own."""
+    if entries is None:
+        return None
+    pairs = (entry.partition("=") for entry in entries)
+    return {name if data else Path(name).stem: data or name for name, _, data in pairs}
+
+
+def _tasks(entries):
+    """`{name: data}`, or a list of names that are known."""
+    if entries is None or not any("=" in entry for entry in entries):
+        return entries
+    plain = [entry for entry in entries if "=" not in entry]
+    if plain:
+        raise ConfigError(
+            f"`--multiple-choice` gives {plain} no file, and others one; give all of them files, or none."
+        )
+    return {name: data for name, _, data in (entry.partition("=") for entry in entries)}
