@@ -74,6 +74,8 @@ class WeightCallback(TrainerCallback, ExportableState):
     def _register(self, args, model):
         refuse_arguments(args, type(self))
         if self._marked(model) is None:
+            # What an earlier run has left to be asked for is no part of this one's state.
+            remove_buffers(model, self.prefix)
             self.register(model)
             add_buffer(model, model, f"{self.prefix}_run", torch.full((2,), -1, dtype=torch.int64))
 

@@ -265,6 +265,16 @@ def test_a_second_run_begins_anew(tmp_path):
     assert not torch.equal(weight, first["model.layers.0.mlp.up_proj.weight"])
 
 
+def test_what_an_earlier_run_left_is_no_state_of_the_next(tmp_path):
+    model, fresh = tiny_model("llama")[0], tiny_model("llama")[0]
+    make(tmp_path, FirstOrderPruningCallback(keep_scores=True, **OPTIONS), model=model).train()
+    fresh.load_state_dict(model.state_dict())
+    make(tmp_path, FirstOrderPruningCallback(**OPTIONS), model=model, save_strategy="steps", save_steps=3).train()
+    again = make(tmp_path, FirstOrderPruningCallback(**OPTIONS), model=fresh)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(model.state_dict(), fresh.state_dict())
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_scores_become_statistics(tmp_path, architecture):
     model = tiny_model(architecture)[0]
