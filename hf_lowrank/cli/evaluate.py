@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-
-from ..errors import ConfigError, EvaluationError, LowRankError
+from ..errors import ConfigError
 from ..evaluation import evaluate
+from ..integrations.out_of_core import load_model
 from .options import add_parameters, documentation, given
 
 
@@ -33,12 +32,7 @@ def add_arguments(parser):
 def run(arguments):
     """Run the command; returns the [`Evaluation`]."""
     dtype = {} if arguments.dtype is None else {"dtype": arguments.dtype}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, **dtype)
-    except LowRankError:
-        raise
-    except ValueError as error:
-        raise EvaluationError(f"{arguments.model} cannot be loaded as a causal language model: {error}") from error
+    model = load_model(arguments.model, **dtype)
     result = evaluate(
         model,
         perplexity=_texts(arguments.perplexity),

@@ -109,7 +109,7 @@ def test_weights_that_loading_would_make_up(tmp_path):
     state = load_file(tmp_path / "dense" / "model.safetensors")
     del state["cls.predictions.transform.dense.weight"]
     save_file(state, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
-    match = r"does not hold cls.predictions.transform.dense.weight \(1 weights.*random numbers.*lowrank_config"
+    match = r"model.safetensors does not hold cls.predictions.transform.dense.weight \(1 weights.*lowrank_config"
     refuse(tmp_path / "dense", tmp_path, hf_lowrank.CheckpointError, match)
 
 
