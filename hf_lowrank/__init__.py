@@ -22,8 +22,18 @@ from .errors import (
     TargetError,
     UnknownNameError,
 )
-from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate
-from .formats import FORMATS, FormatLinear, LowRankLinear, PivotedLinear, SharedBasisLinear, register_format
+from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
+from .formats import (
+    FORMATS,
+    DenseSparseLinear,
+    FormatLinear,
+    LowRankLinear,
+    PivotedLinear,
+    SharedBasisLinear,
+    SparseLowRankLinear,
+    WeightedBasesLinear,
+    register_format,
+)
 from .integrations import (
     Calibration,
     FactorizedCheckpoint,
@@ -33,16 +43,18 @@ from .integrations import (
     collect_statistics,
     factorize,
     factorize_checkpoint,
+    model_card,
     residual_adapter,
+    share_initializers,
     to_dense,
     train_only,
 )
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
-from .passes import fold_order
+from .passes import fold_order, merge_linear
 from .recipe import Recipe
-from .reporting import Summary, summary
+from .reporting import RankProfile, Report, Sample, Summary, rank_profile, report, summary
 from .statistics import STATISTICS, Statistic, Statistics, register_statistic
 from .truncate import truncate
 
@@ -61,6 +73,7 @@ __all__ = [
     "CheckpointError",
     "ComputedWeightError",
     "ConfigError",
+    "DenseSparseLinear",
     "Evaluation",
     "EvaluationError",
     "FactorizedCheckpoint",
@@ -80,15 +93,20 @@ __all__ = [
     "PivotedLinear",
     "Probe",
     "RankError",
+    "RankProfile",
     "Recipe",
+    "Report",
     "ResourceError",
+    "Sample",
     "SharedBasisLinear",
+    "SparseLowRankLinear",
     "Statistic",
     "Statistics",
     "StatisticsError",
     "Summary",
     "TargetError",
     "UnknownNameError",
+    "WeightedBasesLinear",
     "calibrate_checkpoint",
     "collect_statistics",
     "evaluate",
@@ -96,19 +114,37 @@ __all__ = [
     "factorize_checkpoint",
     "fold_order",
     "measure_latencies",
+    "merge_linear",
+    "model_card",
+    "rank_profile",
     "register_allocator",
     "register_format",
     "register_method",
     "register_statistic",
+    "report",
     "residual_adapter",
+    "share_initializers",
     "summary",
+    "text_samples",
     "to_dense",
     "train_only",
     "truncate",
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
-NEED_TRAINER = ("MixedRankCallback", "MixedRankTrainer")
+NEED_TRAINER = (
+    "BasisSelectionCallback",
+    "FirstOrderPruningCallback",
+    "MaestroCallback",
+    "MaestroTrainer",
+    "MixedRankCallback",
+    "MixedRankTrainer",
+    "SequentialFreezingCallback",
+    "StraightThroughFactorizerCallback",
+    "TrainedRankPruningCallback",
+    "keep_leading",
+    "maestro_ranks",
+)
 
 register_tuners()
 

@@ -1,8 +1,6 @@
-"""Layers that compute one of two things in a training step, and the draw that says which."""
+"""What is drawn for a training step: which of two things a layer computes, or a number out of a pack."""
 
 import torch
-
-from .errors import TargetError
 
 
 class TwoBranches:
@@ -51,18 +49,20 @@ def draw(model, probability, seed, step, turn=0):
         layer.drawn = drawn
 
 
-def refuse_sharded(parameters):
-    """Refuse parameters that DeepSpeed ZeRO-3 has split.
+def deal(count, turn, *seeds):
+    """The entry `turn` of an endless series of `range(count)` without replacement, shuffled anew after `count` turns.
 
     Args:
-        parameters (`dict[str, torch.Tensor]`): by name.
+        count (`int`): how many different numbers, at least 1.
+        turn (`int`): which entry, from 0 on.
+        *seeds (`int`): what else the series depends on.
 
-    Raises:
-        TargetError: naming the first.
+    Returns:
+        `int`: from 0 to `count` - 1; every `count` turns in a row, from a multiple of `count` on, have each of them.
     """
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "ds_id"):
-            raise TargetError(
-                f"DeepSpeed ZeRO-3 has split {name}, and mixed-rank layers need whole weights; use ZeRO stage 2 or "
-                "less, or DistributedDataParallel."
-            )
+    mixed = 0
+    for seed in (*seeds, turn // count):
+        mixed = 1000003 * mixed + seed
+    # The generator reads the lower 32 bits of its seed.
+    generator = torch.Generator().manual_seed((mixed ^ mixed >> 32) % 2**32)
+    return int(torch.randperm(count, generator=generator)[turn % count])

@@ -1,5 +1,6 @@
 """One planned weight at a time: its error curve, its factors, its tensors."""
 
+import zlib
 from contextlib import contextmanager
 
 import torch
@@ -23,6 +24,11 @@ def format_for(site, recipe):
             f"`format`={recipe.format!r} cannot hold {site.name}, which can be stored as {list(possible)}; leave "
             "`format` unset, or leave the layer dense with `exclude_modules`."
         )
+    if recipe.method.only_format:
+        raise ConfigError(
+            f"`method`={recipe.method.name!r} makes layers of format {wanted!r}, and {site.name} can be stored as "
+            f"{list(possible)} only; leave it dense with `exclude_modules`, or choose another method."
+        )
     return possible[0]
 
 
@@ -42,14 +48,15 @@ def factorize_site(site, weight, rank, recipe, statistics, dtype, anchors=None):
     Returns:
         `(tensors, shift, relative_error)`: `{full parameter name: tensor}` for the name of each member of the site, on
         the device of `weight`; what `shifted_bias` adds to the bias, float64, or `None`; and the root mean square of
-        the relative errors of the copies.
+        the relative errors of the copies, `None` where there is no error to speak of.
 
     Raises:
         LowRankError: numerical trouble, with the name of the site in front.
     """
     factors = site_factors(site, weight, rank, recipe, statistics, anchors)
     with _naming(site):
-        error = (sum(f.relative_error**2 for f in factors) / len(factors)) ** 0.5
+        errors = [f.relative_error for f in factors]
+        error = None if None in errors else (sum(error**2 for error in errors) / len(errors)) ** 0.5
         format, tensors = FORMATS[format_for(site, recipe)], {}
         for member, own in site.kind.parts(site, factors):
             found = member.kind.tensors(member, format, own, dtype)
@@ -75,6 +82,9 @@ def site_factors(site, weight, rank, recipe, statistics, anchors=None):
     with _naming(site):
         stats = _stats_of(site, recipe, statistics, device)
         stats.update((name, tensor.to(device)) for name, tensor in (anchors or {}).items())
+        if recipe.method.initialises:
+            # By its name, a layer draws the same numbers whichever others there are.
+            stats["seed"] = zlib.crc32(f"{recipe.seed} {site.name}".encode())
         return [recipe.method.factorize(copy.to(device), rank, stats) for copy in weight]
 
 

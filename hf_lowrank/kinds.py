@@ -183,6 +183,10 @@ class LinearKind:
         """Whether a factorized site has a bias that its dense layer had not."""
         return model.get_submodule(name).added_bias
 
+    def factors(self, model, name):
+        """`(left, right)` of each copy in a factorized site, float64; see [`FormatLinear.factors`]."""
+        return [model.get_submodule(name).factors()]
+
     def dense_shape(self, model, name):
         """`(copies, out, in)` of a factorized site."""
         layer = model.get_submodule(name)

@@ -127,10 +127,13 @@ def latencies_for(model, recipe, available=None, device=None):
     device = weight.device if device is None else torch.device(device)
     # Experts may be stored in another format; they are timed like a linear in this one.
     format = recipe.format or recipe.method.format
-    return measure_latencies(shapes, recipe.allocation.rows, recipe.rank_multiple, format, device, weight.dtype)
+    options = {"device": device, "dtype": weight.dtype, "layout": recipe.method.layout}
+    return measure_latencies(shapes, recipe.allocation.rows, recipe.rank_multiple, format, **options)
 
 
-def measure_latencies(shapes, rows=1, rank_multiple=8, format="low_rank", device="cpu", dtype=torch.float32):
+def measure_latencies(
+    shapes, rows=1, rank_multiple=8, format="low_rank", device="cpu", dtype=torch.float32, layout=None
+):
     """Time layers of some shapes on this machine, dense and at every allowed rank.
 
     Args:
@@ -140,6 +143,8 @@ def measure_latencies(shapes, rows=1, rank_multiple=8, format="low_rank", device
         format (`str`, defaults to `"low_rank"`): of the factorized layers.
         device (`str` or `torch.device`, defaults to `"cpu"`): where to measure.
         dtype (`torch.dtype`, defaults to `torch.float32`): of the weights.
+        layout (`Callable[[int, int, int], dict]`, *optional*): the `layout` of a method, which says what the spec of a
+            layer holds beside its rank, by `(out, in, rank)`.
 
     Returns:
         [`Latencies`], medians of 15 runs each; `.save(path)` keeps them.
@@ -149,11 +154,10 @@ def measure_latencies(shapes, rows=1, rank_multiple=8, format="low_rank", device
         inputs = torch.randn(rows, columns, device=device, dtype=dtype)
         options = {"device": device, "dtype": dtype}
         dense = _median(torch.nn.Linear(columns, rows_out, bias=False, **options), inputs)
-        limit = cls.break_even(rows_out, columns)
-        ranks = {
-            rank: _median(cls.from_spec({"format": format, "rank": rank}, columns, rows_out, False, **options), inputs)
-            for rank in range(min(rank_multiple, max(limit - 1, 1)), max(limit, 2), rank_multiple)
-        }
+        limit, ranks = cls.break_even(rows_out, columns, layout), {}
+        for rank in range(min(rank_multiple, max(limit - 1, 1)), max(limit, 2), rank_multiple):
+            spec = {"format": format, "rank": rank, **({} if layout is None else layout(rows_out, columns, rank))}
+            ranks[rank] = _median(cls.from_spec(spec, columns, rows_out, False, **options), inputs)
         found[rows_out, columns] = Times(dense, ranks)
     return Latencies(found, {"device": str(device), "dtype": str(dtype), "format": format, "rows": rows})
 

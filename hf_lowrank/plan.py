@@ -1,8 +1,8 @@
 """What will happen to which weight: targets, budget and ranks, decided before any weight is touched."""
 
+import functools
 import logging
 import math
-import re
 from dataclasses import dataclass
 
 from .allocation import Candidate, allowed_ranks, fill, rank_for_energy
@@ -13,7 +13,7 @@ from .groups import group_sites
 from .recipe import DENSE
 from .sizes import stored_bytes
 from .statistics import STATISTICS
-from .surgery import match_sites
+from .surgery import match_sites, pattern_for, pattern_hits
 
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Plan:
         sites (`dict[str, Site]`): what becomes factors, weights and groups of weights, by name.
         ranks (`dict[str, int]`): their ranks.
         formats (`dict[str, str]`): how each is stored.
+        layouts (`dict[str, dict]`): what their specs say beside rank and format.
         dense (`list[str]`): targets that stay dense, because factors would not be smaller or the user said so.
         shifts (`bool`): whether the method changes biases, so that every factorized weight has one.
     """
@@ -57,6 +58,7 @@ class Plan:
     sites: dict
     ranks: dict
     formats: dict
+    layouts: dict
     dense: list
     shifts: bool
 
@@ -80,6 +82,7 @@ class Plan:
         """The `modules` entry of a checkpoint config."""
         return {
             member.name: {"format": self.formats[name], "rank": self.ranks[name]}
+            | self.layouts[name]
             | ({"bias": True} if self.shifts and not member.bias else {})
             | ({"basis": name} if member.name != name else {})
             for name, site in self.sites.items()
@@ -125,10 +128,10 @@ def make_plan(model, recipe, available=None, measured=None):
             dense.extend(member.name for member in site.members)
             continue
         check_rank(rank, site.out_features, site.in_features, site.name)
-        _check_multiple(site, rank)
+        _check_multiple(site, rank, recipe)
         _check_shift(site, recipe)
         # A rank the user names for one module is kept even where it saves nothing; a global one is not.
-        pinned = any(_pattern_for(member.name, recipe.rank_pattern) is not None for member in site.members)
+        pinned = any(pattern_for(member.name, recipe.rank_pattern) is not None for member in site.members)
         if rank >= candidates[site.name].break_even and not pinned:
             dense.extend(member.name for member in site.members)
         else:
@@ -139,7 +142,10 @@ def make_plan(model, recipe, available=None, measured=None):
         _warn_if_over(free, chosen, budget, recipe)
     sites = {site.name: site for site in sites if site.name in chosen}
     formats = {name: format_for(site, recipe) for name, site in sites.items()}
-    return Plan(sites, chosen, formats, dense, recipe.method.shifts)
+    layouts = {
+        name: recipe.method.layout(site.out_features, site.in_features, chosen[name]) for name, site in sites.items()
+    }
+    return Plan(sites, chosen, formats, layouts, dense, recipe.method.shifts)
 
 
 def _free_ranks(free, budget, recipe, measured):
@@ -176,7 +182,9 @@ def _budget(model, sites, recipe, candidates, fixed):
     if recipe.target_bytes is None:
         return recipe.target_params
     members = [member for site in sites for member in site.members]
-    rest = stored_bytes(model, members, recipe.method.shifts) - sum(candidate.dense_cost for candidate in free)
+    tensors = max(FORMATS[format_for(site, recipe)].tensors for site in sites)
+    rest = stored_bytes(model, members, recipe.method.shifts, tensors)
+    rest -= sum(candidate.dense_cost for candidate in free)
     for name, rank in fixed.items():
         if rank != DENSE:
             rest += candidates[name].cost(rank) - candidates[name].dense_cost
@@ -202,7 +210,7 @@ def _warn_if_over(free, chosen, budget, recipe):
             "The budget is %d %s, but even the smallest allowed ranks keep %d of %d; lower `rank_multiple` or raise "
             "the budget.",
             budget,
-            "nanoseconds" if recipe.needs_latencies else "parameters",
+            "nanoseconds" if recipe.allocation.cost == "latency" else "parameters",
             kept,
             sum(candidate.dense_cost for candidate in free),
         )
@@ -211,9 +219,10 @@ def _warn_if_over(free, chosen, budget, recipe):
 def _candidate(model, site, recipe, measured):
     format = FORMATS[format_for(site, recipe)]
     shape = site.out_features, site.in_features
-    least = site.kind.min_rank_multiple
+    least = _rank_step(site, recipe)
     curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
     cost, dense_cost = _costs(model, site, format, recipe, measured)
+    times = measured.latencies.of(*shape) if recipe.needs_latencies and measured.latencies is not None else None
     return Candidate(
         name=site.name,
         out_features=site.out_features,
@@ -222,10 +231,12 @@ def _candidate(model, site, recipe, measured):
         rank_multiple=math.lcm(recipe.rank_multiple, least),
         least_rank=least,
         cost=cost,
-        break_even=_first_not_cheaper(cost, dense_cost, format.break_even(*shape)),
+        break_even=_first_not_cheaper(cost, dense_cost, format.break_even(*shape, recipe.method.layout)),
         curve=None if curve is None else curve[1:].tolist(),
         total=None if curve is None else float(curve[0]),
         dense_cost=dense_cost,
+        time=None if times is None else times.at,
+        dense_time=None if times is None else times.dense,
     )
 
 
@@ -233,18 +244,23 @@ def _costs(model, site, format, recipe, measured):
     """`(cost of the factors at a rank, cost of the dense weight)` in the unit of the budget."""
     shape, dense = (site.out_features, site.in_features), site.copies * site.out_features * site.in_features
     bias = site.out_features if recipe.method.shifts and not site.bias else 0
+
+    def layout(rank):
+        return recipe.method.layout(*shape, rank)
+
     if recipe.target_bytes is not None:
         size = model.get_parameter(site.weight_name).element_size()
-        return lambda rank: site.copies * (format.stored_bytes(*shape, rank, size) + bias * size), size * dense
+        stored = functools.partial(format.stored_bytes, *shape, dtype_size=size)
+        return lambda rank: site.copies * (stored(rank, **layout(rank)) + bias * size), size * dense
     if recipe.needs_latencies and len(site.members) > 1:
         raise ConfigError(
             f"`allocation`={recipe.allocation.name!r} counts time, and {site.name} shares a basis with others, "
             "which is not measured; count parameters, or leave `joint_groups` and `share_layers` unset."
         )
-    if recipe.needs_latencies and measured.latencies is not None:
+    if recipe.allocation.cost == "latency" and recipe.needs_latencies and measured.latencies is not None:
         times = measured.latencies.of(*shape)
         return lambda rank: site.copies * times.at(rank), site.copies * times.dense
-    return lambda rank: site.copies * (format.cost(*shape, rank) + bias), dense
+    return lambda rank: site.copies * (format.cost(*shape, rank, **layout(rank)) + bias), dense
 
 
 def _first_not_cheaper(cost, dense_cost, limit):
@@ -267,20 +283,24 @@ def _check_shift(site, recipe):
         )
 
 
-def _check_multiple(site, rank):
-    least = site.kind.min_rank_multiple
+def _rank_step(site, recipe):
+    return math.lcm(site.kind.min_rank_multiple, recipe.rank_step)
+
+
+def _check_multiple(site, rank, recipe):
+    least = _rank_step(site, recipe)
     if rank % least:
         raise RankError(
-            f"rank={rank} for {site.name} must be a multiple of {least}, since its kernel reads aligned rows; round "
-            "it in `rank` or `rank_pattern`."
+            f"rank={rank} for {site.name} must be a multiple of {least}, since its kernel reads aligned rows, or "
+            "`quantization_config` divides rows into groups; round it in `rank` or `rank_pattern`."
         )
 
 
 def _fixed_ranks(sites, rank_pattern):
     used, fixed = set(), {}
     for site in sites:
-        used.update(key for key in rank_pattern for member in site.members if _hits(key, member.name))
-        keys = [_pattern_for(member.name, rank_pattern) for member in site.members]
+        used.update(key for key in rank_pattern for member in site.members if pattern_hits(key, member.name))
+        keys = [pattern_for(member.name, rank_pattern) for member in site.members]
         ranks = list(dict.fromkeys(rank_pattern[key] for key in keys if key is not None))
         if len(ranks) > 1:
             raise ConfigError(
@@ -296,12 +316,3 @@ def _fixed_ranks(sites, rank_pattern):
             f"as {sites[0].name}."
         )
     return fixed
-
-
-def _pattern_for(name, rank_pattern):
-    return next((key for key in rank_pattern if _hits(key, name)), None)
-
-
-def _hits(key, name):
-    # PEFT's rule for `rank_pattern`: a key matches from any dot to the end of the name; the first match counts.
-    return re.match(rf"(.*\.)?({key})$", name) is not None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from .allocation import ALLOCATORS
+from .checks import is_integer, is_number
 from .errors import ConfigError
 from .formats import FORMATS
 from .methods import METHODS
@@ -29,7 +30,7 @@ class Recipe:
             counts latency: time taken / time of the dense linears.
         target_params (`int`, *optional*): parameters the targeted linears may keep, at least 1.
         target_bytes (`int`, *optional*): bytes of the whole model's safetensors files, everything counted; met from
-            below, to within one rank step of one weight.
+            below, to within one rank step of one weight. Where factors are quantized too, of those before that.
         rank (`int`, *optional*): the same rank for every target; at break-even and above a weight stays dense.
         energy (`float`, *optional*): share of the squared weight, in the method's metric, that every weight keeps at
             least, in (0, 1]; there is no budget then, and `allocation` is not asked.
@@ -80,6 +81,11 @@ class Recipe:
         self.allocation = ALLOCATORS.build(self.method.allocation if self.allocation is None else self.allocation)
         if self.format is not None:
             FORMATS[self.format]
+            if self.method.only_format and self.format != self.method.format:
+                raise ConfigError(
+                    f"`format`={self.format!r} cannot hold what `method`={self.method.name!r} makes, which is "
+                    f"{self.method.format!r}; leave `format` unset, or choose another method."
+                )
         if self.refine is not None:
             self.refine = REFINEMENTS.build(self.refine)
             if self.method.share_layers > 1:
@@ -89,15 +95,16 @@ class Recipe:
                     "`joint_groups` inside the blocks, or leave `refine` unset."
                 )
         self._check_budget()
+        self._check_start()
         self._check_patterns()
-        if not _is_int(self.rank_multiple, 1):
+        if not is_integer(self.rank_multiple, 1):
             raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
         if self.compute_device is not None:
             try:
                 torch.empty(0, device=self.compute_device)
             except (RuntimeError, AssertionError, TypeError) as error:
                 raise ConfigError(f"`compute_device`={self.compute_device!r} cannot be used here: {error}") from error
-        if not _is_int(self.seed, 0):
+        if not is_integer(self.seed, 0):
             raise ConfigError(f"`seed`={self.seed!r} must be an integer of at least 0.")
 
     def _check_budget(self):
@@ -111,18 +118,37 @@ class Recipe:
             ("energy", "the share of the squared weight that every layer keeps at least; 0.9 is a usual value"),
         ):
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (is_number and 0 < value <= 1):
+            if value is not None and not (is_number(value) and 0 < value <= 1):
                 raise ConfigError(f"`{name}`={value!r} must be in (0, 1]: {meaning}.")
         for name in ("target_params", "target_bytes", "rank"):
             value = getattr(self, name)
-            if value is not None and not _is_int(value, 1):
+            if value is not None and not is_integer(value, 1):
                 raise ConfigError(f"`{name}`={value!r} must be an integer of at least 1.")
         for name in ("target_params", "target_bytes"):
             if self.allocation.cost == "latency" and getattr(self, name) is not None:
                 raise ConfigError(
                     f"`{name}` counts what is stored, and `allocation`={self.allocation.name!r} with cost='latency' "
                     "counts time; give `param_ratio`, which is then the fraction of the dense linears' time."
+                )
+        if self.target_bytes is not None and self.allocation.needs_latencies:
+            raise ConfigError(
+                f"`target_bytes` spends what `allocation`={self.allocation.name!r} with rounding='latency' leaves; "
+                "give `param_ratio` or `target_params`."
+            )
+
+    def _check_start(self):
+        if not self.method.initialises:
+            return
+        for name, given in (
+            ("energy", self.energy is not None),
+            ("allocation", self.needs_curves or self.needs_probe),
+            ("refine", self.refine is not None),
+        ):
+            if given:
+                value = getattr(self, name)
+                raise ConfigError(
+                    f"`{name}`={getattr(value, 'name', value)!r} compares with the dense weights, which `method`="
+                    f"{self.method.name!r} does not approximate but replaces, to train from scratch; leave it out."
                 )
 
     def _check_patterns(self):
@@ -150,10 +176,15 @@ class Recipe:
                 re.compile(pattern)
             except re.error as error:
                 raise ConfigError(f"`rank_pattern` key {pattern!r} is not a regular expression: {error}.") from error
-            if rank != DENSE and not _is_int(rank, 1):
+            if rank != DENSE and not is_integer(rank, 1):
                 raise ConfigError(
                     f"`rank_pattern`[{pattern!r}]={rank!r} must be an integer of at least 1, or {DENSE!r}."
                 )
+
+    @property
+    def rank_step(self):
+        """What every rank has to be a multiple of, whatever `rank_multiple` is."""
+        return 1
 
     @property
     def needs_statistics(self):
@@ -185,7 +216,7 @@ class Recipe:
     @property
     def needs_latencies(self):
         """Whether ranks depend on how fast factorized layers run."""
-        return self.energy is None and self.rank is None and self.allocation.cost == "latency"
+        return self.energy is None and self.rank is None and self.allocation.needs_latencies
 
     def to_json(self):
         """The recipe as plain JSON, defaults included; the calibration is described by whoever resolved it."""
@@ -195,7 +226,3 @@ class Recipe:
         if self.refine is not None:
             described["refine"] = REFINEMENTS.describe(self.refine)
         return {name: value for name, value in described.items() if value is not None and value != {}}
-
-
-def _is_int(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

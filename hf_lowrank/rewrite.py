@@ -7,7 +7,7 @@ from torch import nn
 
 from .errors import ComputedWeightError
 from .formats import FORMATS, exact_factors
-from .linalg import require_finite
+from .linalg import flat_places, require_finite, sparse_matrix
 from .methods import Factors
 
 
@@ -57,7 +57,8 @@ def absorb(layer, weight, bias=None, updates=(), peers=()):
 
         W = diag(c) (L R + sum_i B_i A_i) = [c L, c B_1, ..] [R; A_1; ..]
 
-    Any other weight is decomposed at its numerical rank, at most `min(out, in)`.
+    Any other weight is decomposed at its numerical rank, at most `min(out, in)`. What a format holds beside two
+    factors stays as it is, or has its rows scaled.
 
     Args:
         layer ([`FormatLinear`]): changed in place; keeps its format, dtype and device.
@@ -74,9 +75,13 @@ def absorb(layer, weight, bias=None, updates=(), peers=()):
     check_rewritable(layer)
     wide, eps = weight.detach().double(), torch.finfo(weight.dtype).eps
     require_finite(wide, "The merged weight")
-    left, right = _appended(*layer.factors(), updates, wide, eps) or exact_factors(wide, eps)
-    replace_factors(layer, left, right, bias, peers)
-    if left.shape[1] >= layer.break_even(*wide.shape):
+    found = _appended(layer, updates, wide, eps)
+    if found is None:
+        rest = layer.rest()
+        found = (*exact_factors(wide if rest is None else wide - rest, eps), rest)
+    left, right, rest = found
+    replace_factors(layer, left, right, bias, peers, rest)
+    if sum(t.numel() for name, t in layer.state_dict().items() if name != layer.bias_name) >= wide.numel():
         warnings.warn(
             "Factorized layers have grown to the size of dense ones, which they compute slower; lower their rank with "
             "hf_lowrank.truncate(model, rank), or call hf_lowrank.to_dense(model).",
@@ -84,15 +89,15 @@ def absorb(layer, weight, bias=None, updates=(), peers=()):
         )
 
 
-def replace_factors(layer, left, right, bias=None, peers=()):
-    """Put other factors, float64, into `layer`; `bias`, `peers` and errors as in [`absorb`]."""
+def replace_factors(layer, left, right, bias=None, peers=(), rest=None):
+    """Put other factors and `rest`, float64, into `layer`; `bias`, `peers` and errors as in [`absorb`]."""
     check_rewritable(layer)
     borrowers = [peer for peer in peers if getattr(peer, "lender", None) is layer]
     format, dtype = FORMATS[layer.name], layer.weight.dtype
-    factors = Factors(left, right, 0.0)
-    product = left @ right
+    factors = Factors(left, right, 0.0, rest=rest)
+    product = factors.product()
     held = format.from_factors(factors, dtype=torch.float64).dense_weight()
-    if not (held - product).norm() <= 1e-9 * (left.norm() * right.norm()):
+    if not (held - product).norm() <= 1e-9 * max(left.norm() * right.norm(), product.norm()):
         raise ComputedWeightError(
             f"The format {layer.name!r} cannot hold a given pair of factors exactly; call hf_lowrank.to_dense(model) "
             "before merging."
@@ -128,20 +133,28 @@ def check_rewritable(layer):
             raise ComputedWeightError(f"The factors of a layer cannot be exchanged: `{name}` {found}.")
 
 
-def _appended(left, right, updates, weight, eps):
-    """Factors of `weight` by scaling rows and appending `updates`, or `None` if that does not give it."""
+def _appended(layer, updates, weight, eps):
+    """Factors and rest of `weight` by scaling rows and appending `updates`, or `None` if that does not give it."""
+    (left, right), rest = layer.factors(), layer.rest()
     left = torch.cat([left, *(b.detach().double() for b, _ in updates)], dim=1)
     right = torch.cat([right, *(a.detach().double() for _, a in updates)])
     if left.shape[1] > min(weight.shape):
         return None
-    product = left @ right
+    product = Factors(left, right, 0.0, rest=rest).product()
     squares = product.square().sum(1)
     scale = torch.where(squares > 0, (product * weight).sum(1) / squares.clamp(min=1e-300), 1.0)[:, None]
     # Sums in the precision of `weight` err by some units in the last place.
     tolerance = 8 * eps * weight.norm()
     if not (scale * product - weight).norm() <= tolerance:
         return None
-    return (left, right) if (product - weight).norm() <= tolerance else (scale * left, right)
+    if (product - weight).norm() <= tolerance:
+        return left, right, rest
+    return scale * left, right, None if rest is None else _scaled(rest, scale[:, 0])
+
+
+def _scaled(rest, scale):
+    """A sparse matrix with its rows scaled, every entry kept."""
+    return sparse_matrix(flat_places(rest), rest.values() * scale[rest.indices()[0]], rest.shape)
 
 
 def _adopt(module, made, trainable):

@@ -9,7 +9,7 @@ ENTRY = 128
 HEADER = 1024
 
 
-def stored_bytes(model, sites=(), shifts=False):
+def stored_bytes(model, sites=(), shifts=False, tensors=2):
     """Bytes of the safetensors files of `model` as it stands: every tensor once, and an upper bound of the headers.
 
     Args:
@@ -17,6 +17,7 @@ def stored_bytes(model, sites=(), shifts=False):
         sites (`list[Site]`, *optional*): weights that may become factors, get a bias, or be stored one copy at a time,
             which makes more entries in the headers.
         shifts (`bool`, defaults to `False`): whether they get a bias if they have none.
+        tensors (`int`, defaults to 2): what is stored at most for one weight, bias excluded.
     """
     # Where nothing is loaded yet, only the declaration tells which parameters are one.
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
@@ -29,9 +30,23 @@ def stored_bytes(model, sites=(), shifts=False):
             continue
         seen.add(id(tensor))
         total += tensor.numel() * tensor.element_size() + len(name) + ENTRY
-    return total + sum(_entries(site, shifts) * (len(site.name) + ENTRY) for site in sites)
+    return total + sum(_entries(site, shifts, tensors) * (len(site.name) + ENTRY) for site in sites)
 
 
-def _entries(site, shifts):
+def tensor_bytes(tensor):
+    """Bytes of a tensor; of one that packs others (torchao's are such), the bytes of all of these."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
+def numbers(tensor):
+    """How many numbers a tensor stands for; of 4-bit integers that bitsandbytes packs in bytes, those before."""
+    state = getattr(tensor, "quant_state", None)
+    return tensor.numel() if state is None else state.shape.numel()
+
+
+def _entries(site, shifts, tensors):
     """How many more tensors a site may take than the dense model has parameters for it."""
-    return 2 * site.copies if site.copies > 1 else 1 + (shifts and not site.bias)
+    return 2 * site.copies if site.copies > 1 else tensors - 1 + (shifts and not site.bias)

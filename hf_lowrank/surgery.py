@@ -64,6 +64,16 @@ def matches(pattern, name):
     return any(name == entry or name.endswith("." + entry) for entry in pattern)
 
 
+def pattern_hits(key, name):
+    """PEFT's rule for `rank_pattern`: a key is a regular expression from any dot to the end of the name."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def pattern_for(name, rank_pattern):
+    """The first key of `rank_pattern` that matches, or `None`."""
+    return next((key for key in rank_pattern if pattern_hits(key, name)), None)
+
+
 def match_sites(model, target_modules="all-linear", exclude_modules=None):
     """The sites a configuration asks for.
 
@@ -89,18 +99,25 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
                     f"`{argument}`={entry if isinstance(entry, str) else entry[0]!r} matches no linear layer; the "
                     f"model has {len(names)}, such as {', '.join(names[:3]) or 'none at all'}."
                 )
+    if target_modules != "all-linear":
+        tied = tied_weights(model)
+        for site in sites:
+            if site.weight_name in tied and _hits(target_modules, site.name, "target_modules"):
+                raise TargetError(
+                    f"`target_modules` names {site.name}, whose weight is tied to another module; untie it first "
+                    "(`tie_word_embeddings=False`), or leave it out."
+                )
+    return selected_sites(model, target_modules, exclude_modules)
+
+
+def selected_sites(model, target_modules="all-linear", exclude_modules=None):
+    """What [`match_sites`] gives, without its checks, which a model that is factorized already may not pass."""
+    sites = all_sites(model)
     if target_modules == "all-linear":
         skip = default_exclusions(model)
         sites = [site for site in sites if site.name not in skip]
     else:
         sites = [site for site in sites if _hits(target_modules, site.name, "target_modules")]
-        tied = tied_weights(model)
-        for site in sites:
-            if site.weight_name in tied:
-                raise TargetError(
-                    f"`target_modules` names {site.name}, whose weight is tied to another module; untie it first "
-                    "(`tie_word_embeddings=False`), or leave it out."
-                )
     if exclude_modules:
         sites = [site for site in sites if not _hits(exclude_modules, site.name, "exclude_modules")]
     return sites

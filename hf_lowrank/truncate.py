@@ -1,5 +1,8 @@
 """Lower the rank of a factorized model, or store it in another format."""
 
+from dataclasses import replace
+
+from .checks import is_integer
 from .errors import ConfigError, LowRankError, RankError, TargetError
 from .formats import FORMATS, FormatLinear, LinearFace, check_rank
 from .methods import METHODS
@@ -13,7 +16,8 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
         min_{rank k} objective(W' - W''),    relative error = sqrt(objective(W' - W'') / objective(W')),
 
     with the objective of `method`: the Frobenius norm for `"svd"`, the output error on calibration inputs for
-    `"whitened_svd"`. It is what follows merging, which appends factors: ranks grow by the rank of every adapter.
+    `"whitened_svd"`. It is what follows merging, which appends factors: ranks grow by the rank of every adapter. What
+    a format holds beside two factors stays as it is, unless the format changes.
 
     Args:
         model (`torch.nn.Module`): factorized, without adapters.
@@ -33,11 +37,14 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
         StatisticsError: statistics of another model or method.
     """
     method = METHODS.build(method)
-    if method.shifts or (method.statistics and statistics is None):
-        raise ConfigError(
-            f"`method`={method.name!r} {'shifts biases' if method.shifts else 'needs `statistics`'}; choose 'svd', or "
-            "'whitened_svd' with statistics."
-        )
+    unfit = (
+        (method.shifts, "shifts biases"),
+        (method.only_format, f"makes what only layers of format {method.format!r} hold"),
+        (method.statistics and statistics is None, "needs `statistics`"),
+    )
+    for found, why in unfit:
+        if found:
+            raise ConfigError(f"`method`={method.name!r} {why}; choose 'svd', or 'whitened_svd' with statistics.")
     target = None if format is None else FORMATS[format]
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, FormatLinear)}
     if not found:
@@ -51,16 +58,15 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
         if wanted == layer.rank and target in (None, FORMATS[layer.name]):
             continue
         _check(name, layer, lenders)
-        left, right = layer.factors()
         stats = statistics.get(name, method.statistics) if method.statistics else {}
-        stats = {key: value.to(left.device) for key, value in stats.items()}
+        rest = layer.rest() if target in (None, FORMATS[layer.name]) else None
         try:
-            made[name] = method.factorize(left @ right, min(wanted, layer.out_features, layer.in_features), stats)
+            made[name] = _lower(layer, wanted, rest, method, stats)
         except LowRankError as error:
             raise type(error)(f"{name}: {error}") from error
     for name, factors in made.items():
         if target in (None, FORMATS[found[name].name]):
-            replace_factors(found[name], factors.left, factors.right)
+            replace_factors(found[name], factors.left, factors.right, rest=factors.rest)
         else:
             model.set_submodule(name, _in_format(target, found[name], factors))
     return {name: factors.relative_error for name, factors in made.items()}
@@ -68,7 +74,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
 
 def _ranks(layers, rank, pattern):
     for value in (rank, *pattern.values()):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if value is not None and not is_integer(value, 1):
             raise RankError(f"`rank`={value!r} of truncate must be an integer of at least 1.")
     ranks = {} if rank is None else dict.fromkeys(layers, rank)
     for entry, value in pattern.items():
@@ -90,6 +96,18 @@ def _check(name, layer, lenders):
             f"{name} shares its basis with other layers, whose ranks are one; factorize the dense model at that rank."
         )
     check_rewritable(layer)
+
+
+def _lower(layer, rank, rest, method, stats):
+    """Factors of what `layer` has beside `rest`, and their error as a part of the whole weight."""
+    whole = layer.exact_weight()
+    stats = {key: value.to(whole.device) for key, value in stats.items()}
+    product = whole if rest is None else whole - rest
+    factors = method.factorize(product, min(rank, *whole.shape), stats)
+    if rest is None:
+        return factors
+    share = method.objective(product, stats) / method.objective(whole, stats)
+    return replace(factors, rest=rest, relative_error=factors.relative_error * float(share.sqrt()))
 
 
 def _in_format(format, layer, factors):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowrank import LowRankConfig, factorize, fold_order
+from hf_lowrank import LowRankConfig, WeightedBasesLinear, factorize, fold_order
 
 
 OPTIONS = {"method": "svd", "param_ratio": 0.5, "rank_multiple": 1}
@@ -26,6 +26,13 @@ RECIPES = {
     "low_rank_v1_bias": {**OPTIONS, "method": "feature_pca", "calibration": TOKENS},
     # Groups, and layers that share with none.
     "shared_basis_v1": {**OPTIONS, "method": JOINT, "format": "shared_basis", "calibration": TOKENS},
+    "sparse_low_rank_v1": {**OPTIONS, "method": {"name": "sparse_low_rank", "density": 0.1}},
+    # Factors that count otherwise than as they stand.
+    "sparse_low_rank_v1_scaled": {**OPTIONS, "method": {"name": "sltrain", "density": 0.1, "alpha": 3}},
+    "dense_sparse_v1": {"method": {"name": "dsformer", "density": 0.5}, "rank": 3},
+    "dense_sparse_v1_blocks": {"method": {"name": "dsformer", "density": 0.5, "blocks": 2}, "rank": 2},
+    # In the middle of a run: a basis is out, and others are added.
+    "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }
 INPUT = [[3, 1, 4, 1, 5]]
 
@@ -43,6 +50,14 @@ def main(name):
     model = factorize(LlamaForCausalLM(config).eval(), LowRankConfig(**RECIPES[name]))
     if name.endswith("_folded") and fold_order(model, TOKENS[0]) == 0:
         raise SystemExit("no layer could be folded")
+    if name.endswith("_scaled"):
+        for parameter in (p for n, p in model.named_parameters() if n.endswith(".left")):
+            torch.nn.init.normal_(parameter, std=0.1)
+    for layer in model.modules():
+        if isinstance(layer, WeightedBasesLinear):
+            layer.scale.data[0] = 0
+            layer.add_bases(2, torch.Generator().manual_seed(1))
+            torch.nn.init.normal_(layer.added_left.weight, std=0.1)
     model.save_pretrained(folder)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(INPUT)).logits

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lowrank import TargetError
-from hf_lowrank.draws import TwoBranches, draw, draws, refuse_sharded, two_branch_layers
+from hf_lowrank.draws import TwoBranches, deal, draw, draws, two_branch_layers
 
 
 class Gate(nn.Module, TwoBranches):
@@ -66,9 +65,18 @@ def test_layers_of_other_kinds_are_left_alone():
     assert not hasattr(model[0], "drawn")
 
 
-def test_split_parameters_are_refused():
-    whole, split = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    refuse_sharded({"a": whole})
-    split.ds_id = 0
-    with pytest.raises(TargetError, match="ZeRO-3 has split b,.*use ZeRO stage 2 or less"):
-        refuse_sharded({"a": whole, "b": split})
+def test_a_deal_has_every_number_once_and_is_shuffled_anew():
+    found = [[deal(7, 7 * cycle + turn, 3, 0) for turn in range(7)] for cycle in range(20)]
+    assert all(sorted(cycle) == list(range(7)) for cycle in found)
+    assert len({tuple(cycle) for cycle in found}) > 15
+    for other in ((4, 0), (3, 1), (0, 3)):
+        assert [deal(7, turn, *other) for turn in range(140)] != [number for cycle in found for number in cycle]
+    # Nothing but the arguments counts.
+    torch.manual_seed(1)
+    assert [deal(7, turn, 3, 0) for turn in range(7)] == found[0]
+
+
+def test_a_deal_is_fair():
+    first = torch.tensor([deal(5, 5 * cycle, 0) for cycle in range(2000)])
+    # Five standard deviations of the count of one of five equally likely outcomes.
+    assert (first.bincount(minlength=5) - 400).abs().max() <= 5 * (2000 * 0.2 * 0.8) ** 0.5

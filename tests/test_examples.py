@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub
 
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, quality, setups, table  # noqa: E402
+from benchmarks import adapters, basis_selection, cards, quality, runs, setups, table, training  # noqa: E402
 
 
-def run(*command):
+def run(*command, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": path}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": path, **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -34,6 +35,74 @@ def test_quickstart():
         assert label in done.stdout
 
 
+def test_push_pull_and_continue(tmp_path):
+    with Hub() as hub:
+        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = run(sys.executable, "examples/push_and_pull.py", "me/small", "--smoke", **environment)
+        assert done.returncode == 0, done.stderr
+        assert "logits of the pulled model equal, bit for bit: True" in done.stdout
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(hub.repositories["me/small"])
+        assert hub.commits("me/small") == 1
+        assert "| Python's language reference, perplexity over 2 x 64 tokens |" in hub.card("me/small").text
+        command = [sys.executable, "examples/continue_from_hub.py", "me/small", "me/tuned", "--smoke"]
+        done = run(*command, "--learning-rate", "1e-2", **environment)
+        assert done.returncode == 0, done.stderr
+        before, after = re.search(r"held-out perplexity: ([\d.]+) -> ([\d.]+)", done.stdout).groups()
+        assert float(after) < float(before)
+        card, files = hub.card("me/tuned"), hub.repositories["me/tuned"]
+        assert card.data.base_model == "me/small"
+        assert "## Low-rank factors" in card.text
+        modules = [json.loads(hub.repositories[name]["config.json"])["quantization_config"]["modules"]
+                   for name in ("me/small", "me/tuned")]  # fmt: skip
+        assert modules[0] == modules[1], "factors stay factors"
+        assert files["model.safetensors"] != hub.repositories["me/small"]["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", cards.CARDS)
+def test_a_committed_card_is_what_the_results_say(name):
+    committed = (cards.FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    assert cards.card(name).content == committed, "run examples/benchmarks/cards.py"
+
+
+def test_every_card_is_of_some_result():
+    assert {path.stem for path in cards.FOLDER.glob("*.md")} == {*cards.CARDS, "template"}
+
+
+@pytest.mark.parametrize("name", cards.CARDS)
+def test_the_code_in_a_card_runs(name, tmp_path):
+    """In the order of the card, against a hub that has a small model under each name."""
+    from hf_lowrank import LowRankConfig, factorize
+    from hf_lowrank.testing import tiny_model
+
+    text = (cards.FOLDER / f"{name}.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(code) == 2
+    model, _ = tiny_model("llama")
+    model.save_pretrained(tmp_path / "dense")
+    factorize(model, LowRankConfig(method="svd", param_ratio=0.5)).save_pretrained(tmp_path / "small")
+    with Hub() as hub:
+        hub.folder(cards.BASE["base_model"], tmp_path / "dense")
+        hub.folder(f"me/{name}", tmp_path / "small")
+        blocks = [f"{block}\nassert hf_lowrank.summary(model).rows" for block in code]
+        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        done = run(sys.executable, "-c", "\n".join(blocks), **environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.real
+def test_report(tmp_path):
+    if not (setups.CACHE / "all-minilm-l6-v2").is_dir():
+        pytest.skip("the model is not in the cache; `make test` fetches it")
+    done = run(sys.executable, "examples/report.py", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert len(saved["layers"]) == 6 * 6 + 1
+    assert 0.58 < saved["budget"]["reached"] <= 0.6
+    # Data-free, the recorded error is that of the weight.
+    assert all(abs(layer["weight_error"] - layer["relative_error"]) < 1e-5 for layer in saved["layers"])
+    assert (tmp_path / "report.html").stat().st_size < 300_000
+
+
 def test_factorize_from_command_line(tmp_path):
     pytest.importorskip("optimum.commands", reason="optimum is not installed")
     folder = tmp_path / "results"
@@ -46,7 +115,8 @@ def test_factorize_from_command_line(tmp_path):
 
 
 def test_commands_in_the_readmes_name_files_that_exist():
-    for readme in ("README.md", "CONTRIBUTING.md", "examples/README.md"):
+    documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for readme in documents:
         text = (ROOT / readme).read_text(encoding="utf-8")
         for path in re.findall(r"(?:examples|tests)/[\w/]+\.py", text):
             assert (ROOT / path).exists(), f"{readme} names {path}"
@@ -57,7 +127,7 @@ def test_commands_in_the_readmes_name_files_that_exist():
 def test_the_method_table_is_complete():
     import hf_lowrank
 
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     for name in hf_lowrank.METHODS.names():
         assert f"| `{name}` |" in text
 
@@ -128,12 +198,117 @@ def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
     assert recipe["calibration"]["data"] == "self"
 
 
+def test_pretraining(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    (tmp_path / "tinyshakespeare").mkdir()
+    text = "\n".join(f"line {i}: what is past is prologue" for i in range(2000))
+    (tmp_path / "tinyshakespeare" / "input.txt").write_text(text)
+    command = [sys.executable, "examples/benchmarks/pretraining.py", "--data", str(tmp_path), "--seeds", "1"]
+    command += [
+        "--texts",
+        "tinyshakespeare",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path / "c"),
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    runs = {
+        name: found["0"] for name, found in json.loads((tmp_path / "tinyshakespeare.json").read_text())["runs"].items()
+    }
+    sizes = {name: (found["parameters"], found["bytes"]) for name, found in runs.items()}
+    assert len(runs) == 6
+    assert sizes["low rank"] < sizes["low rank, equal parameters"] < sizes["low rank, equal bytes"] < sizes["full"]
+    for name, which in (("low rank, equal parameters", 0), ("low rank, equal bytes", 1)):
+        # Met from below, to within a rank of every weight.
+        assert 0.9 * sizes["sltrain"][which] < sizes[name][which] <= sizes["sltrain"][which]
+    assert sizes["sltrain"] == sizes["sltrain, magnitude"]
+    assert runs["sltrain"]["training_bytes"] < runs["full"]["training_bytes"]
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert " s\n" not in again.stdout, "nothing is measured twice"
+    assert "| tinyshakespeare | sltrain, magnitude | 1 |" in again.stdout
+
+
+def test_variants_after_a_plus_sign_are_quantized_or_corrected(tmp_path, monkeypatch):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from hf_lowrank.testing import tiny_model
+
+    monkeypatch.setattr(quality, "GROUP", 32)
+    dense, inputs = tiny_model("llama")
+    dense.save_pretrained(tmp_path)
+    maker = quality.Maker(tmp_path, None, tmp_path)
+    names = ("svd-0.5", "svd-0.5+int8", "svd-0.9+int4", "int4", "int4+residual")
+    made = {name: maker.make(name, quality.parse(name)) for name in names}
+    sizes = {name: size for name, (_, size, _) in made.items()}
+    assert sizes["svd-0.5+int8"].linear_parameters == sizes["svd-0.5"].linear_parameters
+    assert sizes["svd-0.5+int8"].linear_bytes < 0.65 * sizes["svd-0.5"].linear_bytes
+    # Half a byte a number, and a scale and a zero of two bytes for 32 of them; matrices too small for a rank of 32
+    # have a left factor that cannot be divided so.
+    matrices = [p for name, p in made["svd-0.9+int4"][0].named_parameters() if "layers" in name and p.ndim == 2]
+    expected = sum(p.numel() * (1 / 2 + 4 / 32 if p.shape[1] % 32 == 0 else 2) for p in matrices)
+    assert sizes["svd-0.9+int4"].linear_bytes == expected < sizes["int4"].linear_bytes
+    corrected = made["int4+residual"][0]
+    lora = [p for name, p in corrected.named_parameters() if "lora_" in name]
+    added = sum(p.numel() for p in lora)
+    assert {p.dtype for p in lora} == {torch.bfloat16}
+    assert sizes["int4+residual"].bytes == sizes["int4"].bytes + 2 * added
+    assert added == 16 * sum(sum(m.weight.shape) for name, m in dense.named_modules() if name.endswith("_proj"))
+
+    def lost(model):
+        return (model(**inputs()).logits.float() - dense(**inputs()).logits).norm().item()
+
+    assert lost(corrected) < 0.8 * lost(made["int4"][0])
+    assert {"quantization", "residual"} <= set(made["int4+residual"][2])
+
+
+def test_export_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'hf-lowrank[export]'")
+    done = run(sys.executable, "examples/export_onnx.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(dense|factors|factors in int8) +([\d.]+) +[\d.]+ +(\S+)$", done.stdout, re.M)
+    assert [name for name, _, _ in rows] == ["dense", "factors", "factors in int8"]
+    assert float(rows[1][2]) < 1e-5
+
+
 def test_adapter_speed():
     pytest.importorskip("peft", reason="peft is not installed")
     done = run(sys.executable, "examples/benchmarks/adapter_speed.py", "--tiny")
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(\w[\w, ]*?) {2,}(\d\.\d{3})", done.stdout, re.M))
     assert rows == dict.fromkeys(("lora", "wara", "wara, db4", "wara, db4, shared"), "1.000"), "equal parameters"
+
+
+def test_training_speed():
+    done = run(sys.executable, "examples/benchmarks/training_speed.py", "--tiny")
+    assert done.returncode == 0, done.stderr
+    for line in (r"left rests +\d", r"turns +\d", r"by latency +step \d", r"pairs +7\n"):
+        assert re.search(line, done.stdout), line
+
+
+def test_basis_selection_is_compared_at_its_size_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    task = basis_selection.Tiny()
+    basis_selection.measure(task, path, 0.5, ["basis_selection"], 1, 6)
+    first = json.loads(path.read_text())
+    basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 6)
+    found = json.loads(path.read_text())
+    assert found["runs"]["basis_selection"] == first["runs"]["basis_selection"]
+    kept = {variant: runs["0"]["kept"] for variant, runs in found["runs"].items()}
+    assert kept["dense"] == 1
+    assert kept["basis_selection"] < 0.6
+    # Ranks of these small weights are coarse.
+    assert kept["basis_selection"] - 0.05 < kept["svd_llm"] <= kept["basis_selection"]
+    assert all(0 < runs["0"]["score"] < 2 * found["before"] for runs in found["runs"].values())
+    capsys.readouterr()
+    basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 6)
+    assert "perplexity" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was measured otherwise"):
+        basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 7)
 
 
 @pytest.mark.real
@@ -143,14 +318,79 @@ def test_quality(tmp_path):
         pytest.skip("no data (HF_LOWRANK_DATA) or no model in the cache; `make test` fetches the model")
     pytest.importorskip("torchao", reason="torchao is not installed")
     command = [sys.executable, "examples/benchmarks/quality.py", "--data", str(data), "--output", str(tmp_path)]
-    sizes = ["--window", "256", "--windows", "2", "--limit", "2", "--variants", "dense", "int8", "int4", "svd-0.9"]
+    sizes = ["--window", "256", "--windows", "2", "--limit", "2", "--variants"]
+    sizes += ["dense", "int8", "int4", "svd-0.9", "svd-0.9+int8"]
     done = run(*command, *sizes)
     assert done.returncode == 0, done.stderr
     results = {entry["variant"]: entry["evaluation"] for entry in table.read(tmp_path)}
-    assert list(results) == ["dense", "svd-0.9", "int8", "int4"], "largest first"
+    assert list(results) == ["dense", "svd-0.9", "int8", "svd-0.9+int8", "int4"], "largest first"
     dense, int8, int4 = (results[name]["perplexity"]["wikitext2"]["perplexity"] for name in ("dense", "int8", "int4"))
     assert abs(int8 / dense - 1) < 0.05
     assert dense < int4 < 2 * dense
     linears = results["dense"]["size"]["linear_parameters"]
     assert results["int4"]["size"]["linear_bytes"] == linears / 2 + linears / 64 * 4
     assert "there already" in run(*command, *sizes).stdout
+
+
+@pytest.mark.parametrize("recovery", ["mixed", "plain"])
+def test_lpaf(recovery):
+    pytest.importorskip("peft", reason="peft is not installed")
+    done = run(sys.executable, "examples/lpaf.py", "--smoke", "--recovery", recovery)
+    assert done.returncode == 0, done.stderr
+    assert "12 matrices: rank" in done.stdout
+    assert "the same: True" in done.stdout
+    pruned, factorized, again = (float(found) for found in re.findall(r"accuracy (\d\.\d+)", done.stdout))
+    assert min(pruned, factorized) > 0.9, "half of the sentences are of either class"
+    assert again == factorized
+
+
+def test_pruning_ranks():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = run(sys.executable, "examples/benchmarks/pruning_ranks.py", "--smoke", "--seeds", "1", "--steps", "10")
+    assert done.returncode == 0, done.stderr
+    ranks = {kind: float(rank) for kind, rank in re.findall(r"^(\w+ \S+) seed 0: rank ([\d.]+)", done.stdout, re.M)}
+    assert len(ranks) == 7
+    assert ranks["magnitude 0.1"] == ranks["none 1"] == 1
+    assert ranks["taylor 0.1"] < ranks["movement 0.1"] < 0.95
+    assert int(re.search(r"drawn: (\d+) bytes", done.stdout)[1]) > 10_000
+
+
+def test_training_methods_end_at_one_size():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    pytest.importorskip("peft", reason="peft is not installed")
+    sizes = ["--seeds", "1", "--steps", "8", "--ratios", "0.25"]
+    done = run(sys.executable, "examples/benchmarks/training.py", "--smoke", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = {cells[2]: cells for line in done.stdout.splitlines() if len(cells := line.split(" | ")) == 8}
+    assert {"dense", "svd", "fwsvd", "lpaf", "trp"} <= set(rows)
+    # Rank 8 of 64 x 64, 9 of 96 x 64, twice: floor(0.25 mn / (m + n)).
+    assert {rows[name][4] for name in ("svd", "fwsvd", "lpaf", "trp")} == {str(2 * (4 * 8 * 128 + 2 * 9 * 160))}
+
+
+def test_results_are_filled_run_by_run(tmp_path):
+    path = tmp_path / "new" / "sst2-0.5.json"
+    found = runs.opened(path, {"task": "sst2", "steps": 8}, metric="accuracy")
+    found["runs"]["svd"] = {"0": {"score": 0.5, "parameters": 7}}
+    runs.write(path, found)
+    assert runs.opened(path, {"task": "sst2", "steps": 8}) == found
+    assert [each.name for each in path.parent.iterdir()] == ["sst2-0.5.json"]
+    with pytest.raises(SystemExit, match=r"measured otherwise \({'steps': 8}\); remove it"):
+        runs.opened(path, {"task": "sst2", "steps": 9})
+
+
+def test_the_table_and_the_figure_of_training(tmp_path):
+    def results(*scores):
+        return {str(seed): {"score": score, "parameters": 7} for seed, score in enumerate(scores)}
+
+    for ratio in (0.25, 0.5):
+        found = {"task": "sst2", "ratio": ratio, "metric": "accuracy", "runs": {"dense": {"0": {"score": 0.9}}}}
+        found["runs"] |= {"fwsvd": results(0.80, 0.82, 0.81), "lpaf": results(0.90, 0.92, 0.912)}
+        (tmp_path / f"sst2-{ratio:g}.json").write_text(json.dumps(found))
+    lines = training.table(tmp_path).splitlines()[2:]
+    assert [line.split(" | ")[1:3] for line in lines] == [
+        ["1", "dense"], ["0.5", "fwsvd"], ["0.5", "lpaf"], ["0.25", "fwsvd"], ["0.25", "lpaf"]
+    ]  # fmt: skip
+    assert "+0.101 ± 0.0029" in lines[2]
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    training.draw(tmp_path, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

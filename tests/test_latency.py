@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_lowrank import ConfigError, Latencies, LowRankConfig, factorize, measure_latencies, summary
+from hf_lowrank import FORMATS, METHODS, ConfigError, Latencies, LowRankConfig, factorize, measure_latencies, summary
+from hf_lowrank.allocation import foot_of_step
 from hf_lowrank.allocation.knapsack import Knapsack
+from hf_lowrank.allocation.uniform import Uniform
 from hf_lowrank.latency import Times
 from hf_lowrank.surgery import match_sites
 from hf_lowrank.testing import tiny_model
@@ -98,12 +100,59 @@ def test_measured_on_the_way(name, tmp_path):
     factorize(model, config)
 
 
+@pytest.mark.parametrize("method", ["dsformer", "sparse_low_rank", "svd"])
+def test_layers_are_timed_as_their_method_lays_them_out(method, monkeypatch):
+    made = METHODS[method]()
+    # The stored numbers in the place of nanoseconds.
+    monkeypatch.setattr(
+        "hf_lowrank.latency._median", lambda layer, inputs: sum(t.numel() for t in layer.state_dict().values())
+    )
+    times = measure_latencies([(48, 32)], format=made.format, layout=made.layout).of(48, 32)
+    format = FORMATS[made.format]
+    assert times.dense == 48 * 32
+    assert times.ranks == {rank: format.cost(48, 32, rank, **made.layout(48, 32, rank)) for rank in times.ranks}
+    assert max(times.ranks) + 8 >= format.break_even(48, 32, made.layout) > max(times.ranks)
+
+
+def tiles(rows, columns):
+    """Kernels that work in tiles of 16 ranks, and for the narrow ones no faster than dense."""
+    return Times(100 if rows > 32 else 5, {rank: 10 + 10 * (-(-rank // 16)) + rank // 8 for rank in range(8, 41, 8)})
+
+
+def test_uniform_ranks_go_down_to_the_foot_of_the_highest_step(llama, tmp_path):
+    dense, folder = llama
+    table = table_for(dense, tiles, tmp_path / "table.json")
+    plain = LowRankConfig(method="svd", allocation="uniform", param_ratio=0.8)
+    rounded = LowRankConfig(
+        method="svd", allocation={"name": "uniform", "rounding": "latency", "latencies": table}, param_ratio=0.8
+    )
+    before = {row.name: row.rank for row in summary(factorize(tiny_model("llama")[0], plain)).rows}
+    model = factorize(tiny_model("llama")[0], rounded)
+    after = {row.name: row.rank for row in summary(model).rows}
+    assert set(before.values()) == {16, 24}
+    # A rank of 24 takes two tiles, one of 16 fills the first; where k_proj and v_proj are, dense is faster.
+    assert after == {name: 16 for name in before if not name.endswith(("k_proj", "v_proj"))}
+    streamed = AutoModelForCausalLM.from_pretrained(folder, lowrank_config=rounded)
+    assert str(summary(streamed)) == str(summary(model))
+
+
+def test_the_foot_of_a_step():
+    assert foot_of_step([8, 16, 24, 32], [10, 11, 30, 31]) == 16
+    assert foot_of_step([8, 16, 24, 32], [10, 30, 31, 51]) == 24, "of two steps alike, the upper one"
+    assert foot_of_step([8, 16], [10, 10]) == 8
+
+
 def test_refusals(llama, tmp_path):
     dense, folder = llama
     with pytest.raises(ConfigError, match="`cost`='bytes' of knapsack"):
         Knapsack(cost="bytes")
     with pytest.raises(ConfigError, match="`rows`=0 of knapsack"):
         Knapsack(rows=0)
+    for options, match in (({"rounding": "up"}, "`rounding`='up' of uniform"), ({"span": 0}, r"`span`=0 of uniform")):
+        with pytest.raises(ConfigError, match=match):
+            Uniform(**options)
+    with pytest.raises(ConfigError, match="`target_bytes` spends what .*rounding='latency' leaves"):
+        LowRankConfig(allocation=Uniform(rounding="latency"), target_bytes=1000)
     for budget in ("target_params", "target_bytes"):
         with pytest.raises(ConfigError, match=f"`{budget}` counts what is stored"):
             LowRankConfig(allocation=Knapsack(cost="latency"), **{budget: 1000})

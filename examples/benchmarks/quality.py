@@ -4,10 +4,14 @@
 
 Writes results/quality/<variant>.json for every variant that has none yet; `table.py` makes a table of them. A variant
 is `dense`, `int8`, `int4`, or `<method>-<param_ratio>[-<calibration>]` with calibration `self` or `wikipedia`; any
-other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`.
+other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`, with those of
+`Calibration` where it has more than a name. After a plus sign follows what is done then: `+int8` and `+int4` quantize
+the factors, `int4+residual` adds a LoRA of rank 16 that puts back the leading part of what quantizing took, calibrated
+on the model's own samples.
 
 Factors are computed from float32 weights; every variant is stored and measured in bfloat16. Where the model comes out
-of 4-bit weights in groups of 32, quantizing to 4 bits in the same groups loses nothing, so `int4` has groups of 64.
+of 4-bit weights in groups of 32, quantizing to 4 bits in the same groups loses nothing, so `int4` has groups of 64,
+and so have the ranks of what is to be quantized so.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import gc
 import json
 import os
 import time
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,8 +31,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import setups
-from hf_lowrank import LowRankConfig, PerplexityTask, collect_statistics, evaluate, factorize
-from hf_lowrank.evaluation import size_of
+from hf_lowrank import (
+    Calibration,
+    LowRankConfig,
+    PerplexityTask,
+    collect_statistics,
+    evaluate,
+    factorize,
+    residual_adapter,
+)
+from hf_lowrank.evaluation import Size, size_of
+from hf_lowrank.formats import plain
 from hf_lowrank.surgery import match_sites
 
 
@@ -35,10 +49,12 @@ RESULTS = Path(__file__).parent / "results" / "quality"
 DATA = Path(os.environ.get("HF_LOWRANK_DATA", "../shared/data"))
 VARIANTS = (
     "dense", "int8", "int4", "kfac_svd-0.9-self", "kfac_svd-0.9-wikipedia", "kfac_svd-0.8-self", "kfac_svd-0.5-self",
-    "whitened_svd-0.9-self", "svd-0.9",
+    "whitened_svd-0.9-self", "svd-0.9", "kfac_svd-0.9-self+int8", "kfac_svd-0.9-self+int4", "int4+residual",
 )  # fmt: skip
 TASKS = ("piqa/validation", "arc_easy/test", "winogrande/validation", "hellaswag/validation_1000")
+QUANTIZED = ("int8", "int4")
 GROUP = 64
+RESIDUAL_RANK = 16
 
 
 def texts(data, window, windows):
@@ -71,65 +87,95 @@ class Maker:
 
     def make(self, name, config):
         """`(model, size, record)`: the size as stored, and JSON that says how it was made."""
-        if config is None:
-            seconds, model = timed(self.load)
-            size = size_of(model)
-            record = {"seconds": {"load": seconds}}
-            if name != "dense":
-                size, made = self.quantize(model, name)
-                record = {**made, "seconds": {"load": seconds, **made["seconds"]}}
-            return model, size, record
-        config = LowRankConfig(**config)
+        first, *rest = name.split("+")
+        model, record = self.factorized(config) if config is not None else self.dense()
+        size = size_of(model)
+        for step in [first, *rest] if first in QUANTIZED else rest:
+            do = self.correct if step == "residual" else self.quantize
+            model, size, done = do(model, size, step)
+            record = {**record, **done, "seconds": {**record["seconds"], **done["seconds"]}}
+        return model, size, record
+
+    def dense(self):
+        """`(model, record)` of the model as it is."""
+        seconds, model = timed(self.load)
+        return model, {"seconds": {"load": seconds}}
+
+    def factorized(self, config):
+        """`(model, record)` of factors."""
+        calibration = self.calibration(config.get("calibration", "self"))
+        config = LowRankConfig(**{**config, "calibration": calibration})
         seconds = {}
         seconds["load"], model = timed(lambda: self.load(torch.float32))
-        statistics = None
-        if config.needs_statistics:
-            seconds["calibration"], statistics = self.statistics(model, config)
-        seconds["factorize"], model = timed(lambda: factorize(model, config, calibration=statistics))
-        model = model.to(torch.bfloat16)
-        return model, size_of(model), {"seconds": seconds, "seed": config.seed}
+        # What compares the two models takes the data itself, and its seconds are counted with the factorization.
+        if config.needs_statistics and not config.compares:
+            seconds["calibration"], calibration = self.statistics(model, config)
+        seconds["factorize"], model = timed(lambda: factorize(model, config, calibration, self.tokenizer))
+        return model.to(torch.bfloat16), {"seconds": seconds, "seed": config.seed}
+
+    def calibration(self, given):
+        """A [`Calibration`] from a name or a dict of its arguments; files are those in the folder of data."""
+        calibration = Calibration(**given) if isinstance(given, dict) else Calibration(given)
+        if calibration.data.endswith((".jsonl", ".txt", ".safetensors")):
+            return replace(calibration, data=str(self.data / calibration.data))
+        return calibration
 
     def statistics(self, model, config):
         """`(seconds, statistics)`; the seconds are those of the run that collected them."""
-        calibration = config.calibration
-        if isinstance(calibration, str) and calibration.endswith((".jsonl", ".txt", ".safetensors")):
-            calibration = str(self.data / calibration)
-        key = (json.dumps(config.to_json()["method"]), str(calibration), config.seed)
+        key = (json.dumps(config.to_json()["method"]), str(config.calibration), config.seed)
         if self.collected[0] != key:
             self.collected = (None, None)
             gc.collect()
             options = {"tokenizer": self.tokenizer, "method": config.method, "seed": config.seed}
-            self.collected = (key, timed(lambda: collect_statistics(model, calibration, **options)))
+            self.collected = (key, timed(lambda: collect_statistics(model, config.calibration, **options)))
         return self.collected[1]
 
-    def quantize(self, model, name):
-        """Weight-only quantization of the linears that factorization targets."""
+    def quantize(self, model, size, kind):
+        """Weight-only quantization of the linears that factorization targets, or of the factors in their places."""
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        config = Int8WeightOnlyConfig() if name == "int8" else PrototypeInt4WeightOnlyConfig(group_size=GROUP)
+        config = Int8WeightOnlyConfig() if kind == "int8" else PrototypeInt4WeightOnlyConfig(group_size=GROUP)
         names = {site.name for site in match_sites(model)}
         seconds, _ = timed(lambda: quantize_(model, config, filter_fn=lambda module, name: name in names))
         size = size_of(model)
-        # The 4-bit kernel for CPUs is ten times slower than a dense product, so the weights it computes with, which
-        # are what it makes of the identity, are measured in its place.
-        for layer in [model.get_submodule(name) for name in names] if name == "int4" else []:
-            identity = torch.eye(layer.in_features, dtype=model.dtype)
-            with torch.no_grad():
-                dense = torch.nn.functional.linear(identity, layer.weight).T.contiguous()
-            layer.weight = torch.nn.Parameter(dense, requires_grad=False)
+        # The 4-bit kernel for CPUs is ten times slower than a dense product, so the weights it computes with are
+        # measured in its place.
+        for layer in [model.get_submodule(name) for name in names] if kind == "int4" else []:
+            layer.weight = torch.nn.Parameter(plain(layer), requires_grad=False)
         made = {"quantization": str(config), "torchao": version("torchao"), "seconds": {"quantize": seconds}}
-        return size, made
+        return model, size, made
+
+    def correct(self, model, size, _):
+        """The model with a residual adapter on every linear that factorization targets."""
+        dense = self.load(torch.float32)
+        # With the statistics that the default method takes, so that one collection serves all variants of a run.
+        seconds = {}
+        seconds["calibration"], statistics = self.statistics(
+            dense, LowRankConfig(calibration=self.calibration("self"))
+        )
+        targets = [site.name for site in match_sites(dense)]
+        options = {"rank": RESIDUAL_RANK, "method": "whitened_svd", "target_modules": targets}
+        seconds["residual"], model = timed(lambda: residual_adapter(model, dense, statistics=statistics, **options))
+        model = model.to(torch.bfloat16)
+        added = [p for name, p in model.named_parameters() if "lora_" in name]
+        numbers, stored = sum(p.numel() for p in added), sum(p.numel() * p.element_size() for p in added)
+        more = {"parameters": numbers, "bytes": stored, "linear_parameters": numbers, "linear_bytes": stored}
+        size = Size(**{key: value + more[key] for key, value in asdict(size).items()})
+        return model, size, {"residual": f"rank {RESIDUAL_RANK}, whitened_svd", "seconds": seconds}
 
 
 def parse(name):
     """The arguments of `LowRankConfig` that the name of a variant stands for; `None` for those that have none."""
-    if name in ("dense", "int8", "int4"):
+    first, *rest = name.split("+")
+    if first in ("dense", *QUANTIZED):
         return None
-    method, ratio, *calibration = name.split("-")
+    method, ratio, *calibration = first.split("-")
     sources = {"self": "self", "wikipedia": "calib_wikipedia/train.jsonl"}
     config = {"method": method, "param_ratio": float(ratio)}
-    return {**config, "calibration": sources[calibration[0]]} if calibration else config
+    if calibration:
+        config["calibration"] = sources[calibration[0]]
+    return {**config, "rank_multiple": GROUP} if "int4" in rest else config
 
 
 def main():

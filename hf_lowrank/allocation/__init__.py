@@ -5,7 +5,7 @@ import sys
 from ..registry import import_submodules
 from .base import ALLOCATORS, Allocator, Candidate, Probe, register_allocator
 from .energy import rank_for_energy
-from .rounding import allowed_ranks, cost_of, fill, round_down
+from .rounding import allowed_ranks, cost_of, fill, foot_of_step, round_down
 
 
 import_submodules(sys.modules[__name__])
@@ -18,6 +18,7 @@ __all__ = [
     "allowed_ranks",
     "cost_of",
     "fill",
+    "foot_of_step",
     "rank_for_energy",
     "register_allocator",
     "round_down",

@@ -29,6 +29,9 @@ class Candidate:
         curve (`list[float]`, *optional*): entry r - 1 is the squared error at rank r; only for allocators that ask.
         total (`float`, *optional*): the squared error of the zero matrix, which is that at rank 0; comes with `curve`.
         dense_cost (`int`, *optional*): of the dense weight, for all copies; defaults to its parameters.
+        time (`Callable[[int], int]`, *optional*): nanoseconds of one copy's factors at a rank; only for allocators
+            that ask.
+        dense_time (`int`, *optional*): of one dense copy; comes with `time`.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Candidate:
     curve: object = None
     total: float | None = None
     dense_cost: int | None = None
+    time: object = None
+    dense_time: int | None = None
 
     def __post_init__(self):
         if self.dense_cost is None:
@@ -95,6 +100,11 @@ class Allocator:
     needs_curves: ClassVar[bool] = False
     needs_probe: ClassVar[bool] = False
     cost: ClassVar[str] = "parameters"
+
+    @property
+    def needs_latencies(self):
+        """Whether candidates must carry measured times; such an allocator has fields `latencies` and `rows`."""
+        return self.cost == "latency"
 
     def allocate(self, candidates, budget):
         """Ranks within a budget.

@@ -2,6 +2,7 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..checks import is_integer
 from ..errors import ConfigError
 from .base import Allocator, register_allocator
 from .rounding import cost_of, rank_at
@@ -54,8 +55,7 @@ class Bayes(Allocator):
 
     def __post_init__(self):
         for name in ("n_trials", "search_samples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value := getattr(self, name), 1):
                 raise ConfigError(f"`{name}`={value!r} of bayes must be an integer of at least 1.")
         for name, allowed in (("objective", OBJECTIVES), ("sampler", SAMPLERS)):
             if getattr(self, name) not in allowed:

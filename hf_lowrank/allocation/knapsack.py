@@ -2,6 +2,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..checks import is_integer
 from ..errors import ConfigError
 from .base import Allocator, register_allocator
 from .rounding import allowed_ranks
@@ -50,7 +51,7 @@ class Knapsack(Allocator):
     def __post_init__(self):
         if self.cost not in COSTS:
             raise ConfigError(f"`cost`={self.cost!r} of knapsack must be one of {list(COSTS)}.")
-        if not isinstance(self.rows, int) or isinstance(self.rows, bool) or self.rows < 1:
+        if not is_integer(self.rows, 1):
             raise ConfigError(f"`rows`={self.rows!r} of knapsack must be an integer of at least 1.")
 
     def allocate(self, candidates, budget):

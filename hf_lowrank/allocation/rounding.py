@@ -68,3 +68,17 @@ def fill(candidates, ranks, budget):
                 left -= step
                 raised = True
     return ranks
+
+
+def foot_of_step(ranks, times):
+    """The rank at the foot of the highest step of a staircase: the next one costs most.
+
+    Args:
+        ranks (`list[int]`): rising, two at least; the last is only looked at.
+        times (`list[int]`): of each.
+
+    Returns:
+        `int`, the highest of several feet of equal steps.
+    """
+    rises = [above - time for time, above in zip(times, times[1:], strict=False)]
+    return max(rank for rank, rise in zip(ranks, rises, strict=False) if rise == max(rises))

@@ -1,7 +1,12 @@
 from dataclasses import dataclass
 
+from ..checks import is_integer, is_number
+from ..errors import ConfigError
 from .base import Allocator, register_allocator
-from .rounding import rank_at
+from .rounding import allowed_ranks, foot_of_step, rank_at
+
+
+ROUNDINGS = ("multiple", "latency")
 
 
 @register_allocator("uniform")
@@ -12,12 +17,57 @@ class Uniform(Allocator):
         r = floor(ratio * out * in / (out + in)) for two factors, rounded down to the rank multiple;
         a weight whose rank would reach break-even stays dense.
 
-    The budget is met from below, to within one rank step a weight.
+    The budget is met from below, to within one rank step a weight. With `rounding="latency"` ranks go further down, to
+    the foot of the highest step of the measured time t between `span * r` and r,
+
+        argmax_k t(k + 1) - t(k),    k over rank multiples, k + 1 the next one,
+
+    and a weight whose factors are not faster than dense there stays dense. That is for kernels that work in tiles;
+    where time rises evenly, the choice is arbitrary.
+
+    Args:
+        rounding (`str`, defaults to `"multiple"`): or `"latency"`.
+        span (`float`, defaults to 0.5): the lowest rank that latency may round to, as a part of r, in (0, 1].
+        rows (`int`, defaults to 1): inputs at a time while latency is measured; 1 is the decoding of one sequence.
+        latencies (`str`, *optional*): file of measured latencies to use instead of measuring; see
+            `hf_lowrank.measure_latencies`.
+
+    Raises:
+        ConfigError: an option that is not allowed.
 
     Reference:
-        What SVD-LLM and most of its successors do by default.
+        What SVD-LLM and most of its successors do by default. Rounding by latency: 2407.20266, from memory; how far
+        down it looks is reconstructed.
     """
+
+    rounding: str = "multiple"
+    span: float = 0.5
+    rows: int = 1
+    latencies: str | None = None
+
+    def __post_init__(self):
+        if self.rounding not in ROUNDINGS:
+            raise ConfigError(f"`rounding`={self.rounding!r} of uniform must be one of {list(ROUNDINGS)}.")
+        if not is_number(self.span) or not 0 < self.span <= 1:
+            raise ConfigError(f"`span`={self.span!r} of uniform must be in (0, 1].")
+        if not is_integer(self.rows, 1):
+            raise ConfigError(f"`rows`={self.rows!r} of uniform must be an integer of at least 1.")
+
+    @property
+    def needs_latencies(self):
+        return self.rounding == "latency"
 
     def allocate(self, candidates, budget):
         total = sum(candidate.dense_cost for candidate in candidates)
-        return {candidate.name: rank_at(candidate, budget / total) for candidate in candidates}
+        ranks = {candidate.name: rank_at(candidate, budget / total) for candidate in candidates}
+        if self.rounding == "latency":
+            ranks = {candidate.name: self._rounded(candidate, ranks[candidate.name]) for candidate in candidates}
+        return ranks
+
+    def _rounded(self, candidate, rank):
+        if rank is None or candidate.time is None:
+            return rank
+        allowed = allowed_ranks(candidate)
+        ranks = [r for r in allowed if self.span * rank <= r <= rank] + [r for r in allowed if r > rank][:1]
+        foot = foot_of_step(ranks, [candidate.time(r) for r in ranks]) if len(ranks) > 1 else rank
+        return foot if candidate.time(foot) < candidate.dense_time else None

@@ -1,12 +1,13 @@
 """Measures that others take too: perplexity over contiguous windows, zero-shot multiple choice, sizes."""
 
+from ..provenance import environment
 from .evaluate import evaluate
 from .likelihood import encode_pair, loglikelihoods
 from .multiple_choice import MultipleChoice, MultipleChoiceTask, multiple_choice
 from .perplexity import Perplexity, PerplexityTask, perplexity
 from .presets import PRESETS
-from .provenance import environment
 from .result import Evaluation
+from .samples import text_samples
 from .size import Size, size_of
 from .tasks import TASKS
 
@@ -27,4 +28,5 @@ __all__ = [
     "multiple_choice",
     "perplexity",
     "size_of",
+    "text_samples",
 ]

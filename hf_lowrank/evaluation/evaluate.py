@@ -8,12 +8,12 @@ from pathlib import Path
 
 from ..errors import ConfigError, EvaluationError
 from ..integrations.calibration import load_tokenizer
+from ..provenance import command, describe, environment
 from .inference import max_length
 from .multiple_choice import MultipleChoiceTask, score
 from .perplexity import PerplexityTask
 from .perplexity import perplexity as window_perplexity
 from .presets import PRESETS
-from .provenance import command, describe, environment
 from .result import Evaluation
 from .size import size_of
 from .tasks import TASKS

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+
+from ..sizes import numbers, tensor_bytes
 from ..surgery import factorized, match_sites
 
 
@@ -28,20 +31,14 @@ def size_of(model):
     for name, kind in factorized(model).items():
         weights.extend(kind.stored(model, name).values())
     linears = {id(tensor): tensor for tensor in weights}
-    numbers = {id(p): p for p in model.parameters()} | linears
-    saved = model.state_dict(keep_vars=True)
-    buffers = {id(b): b for name, b in model.named_buffers() if name in saved}
+    parameters = {id(p): p for p in model.parameters()}
+    saved = {id(t): t for t in model.state_dict(keep_vars=True).values() if isinstance(t, torch.Tensor)}
+    # Of what the linears store, scales that a quantizer keeps beside a packed weight are no parameters.
+    indices = {id(b) for b in model.buffers()} & set(linears)
+    counted = parameters | {key: linears[key] for key in indices}
     return Size(
-        parameters=sum(t.numel() for t in numbers.values()),
-        bytes=sum(stored_bytes(t) for t in (numbers | buffers).values()),
-        linear_parameters=sum(t.numel() for t in linears.values()),
-        linear_bytes=sum(stored_bytes(t) for t in linears.values()),
+        parameters=sum(numbers(t) for t in counted.values()),
+        bytes=sum(tensor_bytes(t) for t in saved.values()),
+        linear_parameters=sum(numbers(t) for key, t in linears.items() if key in counted),
+        linear_bytes=sum(tensor_bytes(t) for t in linears.values()),
     )
-
-
-def stored_bytes(tensor):
-    """Bytes of a tensor; of one that packs others (torchao's are such), the bytes of all of these."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()

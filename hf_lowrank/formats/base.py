@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..checks import is_integer
 from ..errors import ComputedWeightError, RankError
 from ..linalg import require_finite
 from ..registry import Registry
@@ -41,10 +42,11 @@ class DenseView(torch.Tensor):
     @staticmethod
     def __new__(cls, layer, transposed=None, detached=False):
         reference = next(layer.parameters())
+        dtype = reference.dtype if reference.is_floating_point() else torch.float32
         shape = (layer.out_features, layer.in_features)
         transposed = layer.transposed if transposed is None else transposed
         return torch.Tensor._make_wrapper_subclass(
-            cls, shape[::-1] if transposed else shape, dtype=reference.dtype, device=reference.device
+            cls, shape[::-1] if transposed else shape, dtype=dtype, device=reference.device
         )
 
     def __init__(self, layer, transposed=None, detached=False):
@@ -109,12 +111,14 @@ class FormatLinear(nn.Module):
 
     Class attributes:
         bias_name (`str`): the parameter that holds the bias.
-
-    A subclass has a property `rank`; a constructor of other arguments than the rank overrides what reads it here.
         lent (`tuple[str]`): the parameters that layers of a group have in common; the first layer alone stores them.
         output_rows (`tuple[str]`): the tensors with one row an output, by which outputs can be reordered; empty if a
             format has none.
         input_columns (`tuple[str]`): the matrices with one column an input; empty if a format has none.
+        tensors (`int`): how many a layer stores at most, bias excluded.
+
+    A subclass has a property `rank`. What else its constructor takes to tell shapes is its layout: keyword arguments
+    of `cost` and `stored_bytes` too, and entries of `spec()`.
     """
 
     name: ClassVar[str]
@@ -122,6 +126,7 @@ class FormatLinear(nn.Module):
     lent: ClassVar[tuple] = ()
     output_rows: ClassVar[tuple] = ()
     input_columns: ClassVar[tuple] = ()
+    tensors: ClassVar[int] = 2
 
     def __init__(self, in_features, out_features, transposed=False):
         super().__init__()
@@ -145,7 +150,8 @@ class FormatLinear(nn.Module):
     def for_factors(cls, factors, bias, dtype, transposed):
         """A module for `factors` that holds their error and the bias already, and no factor yet."""
         (out_features, rank), in_features = factors.left.shape, factors.right.shape[1]
-        layer = cls(in_features, out_features, rank, bias is not None, transposed, device="meta", dtype=dtype)
+        options = {"device": "meta", "dtype": dtype, **factors.layout}
+        layer = cls(in_features, out_features, rank, bias is not None, transposed, **options)
         if bias is not None:
             owner, _, leaf = cls.bias_name.rpartition(".")
             setattr(layer.get_submodule(owner), leaf, as_parameter(bias.to(factors.left.device), dtype))
@@ -173,12 +179,16 @@ class FormatLinear(nn.Module):
         return cls.cost(out_features, in_features, rank) * dtype_size
 
     @classmethod
-    def break_even(cls, out_features, in_features):
-        """The smallest rank whose cost is not below the dense weight's; `min(out, in) + 1` if there is none."""
+    def break_even(cls, out_features, in_features, layout=None):
+        """The smallest rank whose cost is not below the dense weight's; `min(out, in) + 1` if there is none.
+
+        `layout(out, in, rank)` gives what `cost` takes beside them.
+        """
         low, high = 1, min(out_features, in_features) + 1
         while low < high:
             middle = (low + high) // 2
-            if cls.cost(out_features, in_features, middle) >= out_features * in_features:
+            options = {} if layout is None else layout(out_features, in_features, middle)
+            if cls.cost(out_features, in_features, middle, **options) >= out_features * in_features:
                 high = middle
             else:
                 low = middle + 1
@@ -189,11 +199,20 @@ class FormatLinear(nn.Module):
         raise NotImplementedError
 
     def factors(self):
-        """`(left, right)`, `(out, r)` and `(r, in)` in float64, whose product is the weight this module applies.
+        """`(left, right)`, `(out, r)` and `(r, in)` in float64, whose product and `rest()` are the weight.
 
         Formats that hold two factors give these; any other weight is decomposed, at its numerical rank.
         """
         return exact_factors(self.dense_weight().detach().double(), torch.finfo(self.weight.dtype).eps)
+
+    def rest(self):
+        """What the weight has beside the product of its factors: `(out, in)`, sparse, float64; or `None`."""
+        return None
+
+    def exact_weight(self):
+        """The weight `(out, in)` in float64, without the rounding to the module's dtype."""
+        (left, right), rest = self.factors(), self.rest()
+        return left @ right if rest is None else left @ right + rest
 
     @property
     def weight(self):
@@ -231,10 +250,33 @@ def exact_factors(weight, eps):
     return basis[:, :rank] * root, root[:, None] * rows[:rank]
 
 
-def plain(weight):
-    """The numbers that a parameter stands for: itself, or what a quantized tensor dequantizes to."""
-    quantized = type(weight).dequantize is not torch.Tensor.dequantize
-    return weight.dequantize() if quantized else weight
+def is_packed(weight):
+    """Whether a quantizer has packed `weight`: into a tensor of a class of its own, or into integers."""
+    own = type(weight).dequantize is not torch.Tensor.dequantize
+    # torchao's tensors say what they consist of; not all of them can be unpacked.
+    return own or not weight.is_floating_point() or hasattr(weight, "tensor_data_names")
+
+
+def plain(linear):
+    """The weight `(out, in)` that a linear applies: its own, or what a packed one stands for.
+
+    Where a packed weight has no way back, it is what the layer makes of the identity, in float32 if it is of integers.
+    """
+    weight = linear.weight
+    if not is_packed(weight):
+        return weight
+    if type(weight).dequantize is not torch.Tensor.dequantize:
+        return weight.dequantize()
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    with torch.no_grad():
+        rows = linear(torch.eye(linear.in_features, dtype=dtype, device=weight.device))
+        return (rows if linear.bias is None else rows - linear.bias).T.contiguous()
+
+
+def shape_of(linear):
+    """`(out, in)` of a linear; packed integers have a shape of their own, so that there the layer is asked."""
+    weight = linear.weight
+    return tuple(weight.shape) if weight.is_floating_point() else (linear.out_features, linear.in_features)
 
 
 def as_parameter(tensor, dtype):
@@ -246,7 +288,7 @@ def as_parameter(tensor, dtype):
 def check_rank(rank, out_features, in_features, name="this weight"):
     """Refuse anything but an integer rank in `1 .. min(out, in)`."""
     limit = min(out_features, in_features)
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+    if not is_integer(rank, 1) or rank > limit:
         raise RankError(
             f"rank={rank!r} for {name} must be an integer in 1..{limit} = min(out, in) of its "
             f"{out_features} x {in_features} weight; change it in `rank` or `rank_pattern`, or leave it to "

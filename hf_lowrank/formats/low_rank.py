@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from .base import FormatLinear, as_parameter, check_rank, plain, register_format
+from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
 
 @register_format("low_rank")
@@ -40,7 +40,7 @@ class LowRankLinear(FormatLinear):
     @property
     def rank(self):
         """Number of rows of `right`, read off the weights, so that it is right after any surgery on them."""
-        return self.right.weight.shape[0]
+        return shape_of(self.right)[0]
 
     def forward(self, x):
         return self.left(self.right(x))
@@ -57,9 +57,9 @@ class LowRankLinear(FormatLinear):
         return rank * (out_features + in_features)
 
     def dense_weight(self):
-        left, right = plain(self.left.weight), plain(self.right.weight)
+        left, right = plain(self.left), plain(self.right)
         wide = torch.promote_types(left.dtype, torch.float32)
         return (left.to(wide) @ right.to(wide)).to(left.dtype)
 
     def factors(self):
-        return plain(self.left.weight).detach().double(), plain(self.right.weight).detach().double()
+        return plain(self.left).detach().double(), plain(self.right).detach().double()

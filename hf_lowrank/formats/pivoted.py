@@ -3,7 +3,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..linalg import row_basis
-from .base import FormatLinear, as_parameter, check_rank, plain, register_format
+from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
 
 @register_format("pivoted")
@@ -42,6 +42,7 @@ class PivotedLinear(FormatLinear):
     bias_name = "output_bias"
     output_rows = ("order", "output_bias")
     input_columns = ("basis.weight",)
+    tensors = 3
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class PivotedLinear(FormatLinear):
     @property
     def rank(self):
         """Number of rows of `basis`, read off the weights."""
-        return self.basis.weight.shape[0]
+        return shape_of(self.basis)[0]
 
     @property
     def pivots_first(self):
@@ -118,15 +119,15 @@ class PivotedLinear(FormatLinear):
         return (cls.cost(out_features, in_features, rank) - out_features) * dtype_size + order
 
     def dense_weight(self):
-        dtype = self.basis.weight.dtype
-        rows = plain(self.basis.weight).to(torch.promote_types(dtype, torch.float32))
+        basis = plain(self.basis)
+        rows = basis.to(torch.promote_types(basis.dtype, torch.float32))
         if self.coefficients is not None:
-            rows = torch.cat([rows, plain(self.coefficients.weight).to(rows.dtype) @ rows])
-        return (rows if self.order is None else rows[self.order.long()]).to(dtype)
+            rows = torch.cat([rows, plain(self.coefficients).to(rows.dtype) @ rows])
+        return (rows if self.order is None else rows[self.order.long()]).to(basis.dtype)
 
     def factors(self):
-        basis = plain(self.basis.weight).detach().double()
+        basis = plain(self.basis).detach().double()
         left = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
         if self.coefficients is not None:
-            left = torch.cat([left, plain(self.coefficients.weight).detach().double()])
+            left = torch.cat([left, plain(self.coefficients).detach().double()])
         return (left if self.order is None else left[self.order.long()]), basis

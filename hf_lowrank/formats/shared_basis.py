@@ -1,8 +1,9 @@
 import torch
 from torch import nn
 
+from ..checks import is_integer
 from ..errors import CheckpointError, LowRankError, RankError
-from .base import FormatLinear, as_parameter, plain, register_format
+from .base import FormatLinear, as_parameter, plain, register_format, shape_of
 
 
 @register_format("shared_basis")
@@ -57,7 +58,7 @@ class SharedBasisLinear(FormatLinear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, transposed)
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= in_features:
+        if not is_integer(rank, 1) or rank > in_features:
             raise RankError(
                 f"rank={rank!r} of a shared basis must be an integer in 1..{in_features}, the number of inputs; "
                 "change it in `rank` or `rank_pattern`, or leave it to the allocator."
@@ -108,7 +109,7 @@ class SharedBasisLinear(FormatLinear):
     @property
     def rank(self):
         """Number of columns of `left`, read off the weights."""
-        return self.left.weight.shape[1]
+        return shape_of(self.left)[1]
 
     def forward(self, x):
         right = self.basis
@@ -132,12 +133,12 @@ class SharedBasisLinear(FormatLinear):
         return rank * (out_features + in_features)
 
     def dense_weight(self):
-        left, right = plain(self.left.weight), plain(self.basis.weight)
+        left, right = plain(self.left), plain(self.basis)
         wide = torch.promote_types(left.dtype, torch.float32)
         return (left.to(wide) @ right.to(left.device, wide)).to(left.dtype)
 
     def factors(self):
-        left, right = plain(self.left.weight).detach(), plain(self.basis.weight).detach()
+        left, right = plain(self.left).detach(), plain(self.basis).detach()
         return left.double(), right.to(left.device).double()
 
     def release(self, borrowers):

@@ -9,6 +9,9 @@ from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
 from .guard import install_guard
+from .hub import install_push
+from .model_card import model_card
+from .onnx import share_initializers
 from .out_of_core import FactorizedCheckpoint, calibrate_checkpoint, factorize_checkpoint
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
@@ -20,6 +23,7 @@ install_keyword()
 install_guard(QUANT_METHOD)
 install_parallel_plans()
 install_when_imported()
+install_push()
 # Messages go where transformers' go, at the verbosity the user set there.
 logging.getLogger("hf_lowrank").parent = transformers_logging.get_logger("transformers")
 
@@ -34,7 +38,9 @@ __all__ = [
     "experts",
     "factorize",
     "factorize_checkpoint",
+    "model_card",
     "residual_adapter",
+    "share_initializers",
     "to_dense",
     "train_only",
 ]

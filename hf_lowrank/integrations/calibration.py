@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from ..checks import is_integer
 from ..errors import CalibrationError, ConfigError
 from ..statistics import Statistics
 from .data import read_texts
@@ -48,8 +49,7 @@ class Calibration:
 
     def __post_init__(self):
         for name in ("samples", "length", "batch_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not is_integer(value := getattr(self, name), 1):
                 raise ConfigError(f"`{name}`={value!r} of Calibration must be an integer of at least 1.")
         if not self.temperature > 0:
             raise ConfigError(f"`temperature`={self.temperature!r} of Calibration must be above 0.")
@@ -132,7 +132,8 @@ def make_batches(calibration, model, tokenizer, seed):
         return _blocks(sequences, calibration), {**_sizes(calibration), "data": SELF, "seed": seed}
     if isinstance(data, (str, os.PathLike)):
         texts = read_texts(data, calibration.split, calibration.text_column)
-        name = Path(data).name
+        # Of a file, its name; of a data set, its id.
+        name = Path(data).name if os.path.exists(data) else os.fspath(data)
     elif _are_texts(data):
         texts, name = data, f"{len(data)} texts"
     else:

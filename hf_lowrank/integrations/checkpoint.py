@@ -42,6 +42,7 @@ class Conversions:
         model (`PreTrainedModel`): the skeleton; its state says what a parameter is.
         keys (`Iterable[str]`): of the checkpoint.
         key_mapping (`dict`, *optional*): as given to `from_pretrained`.
+        quantizer (`HfQuantizer`, *optional*): whose own conversions count too.
 
     Attributes:
         keys (`dict[str, list[tuple]]`): `(key, pattern)` of what is read, by conversion; the pattern is `None` where a
@@ -50,8 +51,8 @@ class Conversions:
         used (`list[WeightTransform]`): the rules that matched, which saving goes back by.
     """
 
-    def __init__(self, model, keys, key_mapping=None):
-        rules = get_model_conversion_mapping(model, key_mapping)
+    def __init__(self, model, keys, key_mapping=None, quantizer=None):
+        rules = get_model_conversion_mapping(model, key_mapping, quantizer)
         renamings = [entry for entry in rules if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in rules if isinstance(entry, WeightConverter)]
         self._rules = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -100,9 +101,9 @@ def _cast(read, key, dtype):
     return read(key).to(dtype)
 
 
-def parameter_names(model, keys, key_mapping=None):
+def parameter_names(model, keys, key_mapping=None, quantizer=None):
     """The names that loading `keys` into `model` gives them, after transformers' own renaming and merging."""
-    conversions = Conversions(model, keys, key_mapping)
+    conversions = Conversions(model, keys, key_mapping, quantizer)
     return {name for made in (conversions.keys, conversions.unexpected) for c in made for name in conversions.names(c)}
 
 

@@ -8,11 +8,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
 from ..formats import FORMATS, SharedBasisLinear
+from ..readme import repository
 from ..recipe import Recipe
+from ..versions import versions
+from .inner import as_inner, group_size, method_of
 
 
 QUANT_METHOD = "lowrank"
 VERSION = 1
+# What the `recipe` of a checkpoint says beside arguments of `LowRankConfig`.
+RECORDED = ("base_model", "versions")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -21,13 +26,16 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
     """A [`Recipe`] for `from_pretrained`.
 
     In a checkpoint it reads `{"quant_method": "lowrank", "version": 1, "recipe": ..., "modules": ...}`. Loading looks
-    at `modules` only: formats and shapes, never methods. `recipe` says how they came about.
+    at `modules` only: formats and shapes, never methods. `recipe` says how they came about. Where the factors are
+    quantized, `inner` is the configuration of that, as transformers writes it.
     """
 
     # {module: {"format": name, ...}} of what is factorized; None until a plan is made.
     modules: dict | None = field(default=None, repr=False)
     # The recipe as it stands in a checkpoint; None for one that is yet to be carried out.
     recipe: dict | None = field(default=None, repr=False)
+    # The quantization config of the factors and of what stays dense; None for ordinary numbers.
+    inner: object = field(default=None, repr=False)
     # What one `from_pretrained` call knows beside its config; never copied into JSON.
     session: object = field(default=None, repr=False)
 
@@ -37,11 +45,14 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
         """From the JSON of a checkpoint, or from a dict of constructor arguments (which has no `modules`)."""
         options = {key: value for key, value in config_dict.items() if key not in ("quant_method", "version")}
+        inner = options.pop("inner", None)
+        inner = None if inner is None else as_inner(inner)
         _check_modules(options.get("modules"))
         if not options.get("modules"):
             # Constructor arguments, or what `to_dict` makes of a configuration that is yet to be carried out.
             options.pop("modules", None)
-            options = {**(options.pop("recipe", None) or {}), **options}
+            recipe = options.pop("recipe", None) or {}
+            options = {**{key: value for key, value in recipe.items() if key not in RECORDED}, **options}
             if isinstance(options.get("calibration"), dict):
                 # A record of calibration data, not the data.
                 del options["calibration"]
@@ -50,7 +61,7 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
                 raise ConfigError(
                     f"LowRankConfig has no option {unknown}; its options are {[f.name for f in fields(Recipe)]}."
                 )
-            config = cls(**options)
+            config = cls(**options, inner=inner)
         else:
             version = config_dict.get("version")
             if version != VERSION:
@@ -58,7 +69,7 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
                     f"This checkpoint has lowrank config version {version!r}, this hf_lowrank reads version "
                     f"{VERSION}; upgrade it with `pip install -U hf-lowrank`."
                 )
-            config = cls(modules=options["modules"], recipe=options.get("recipe") or {}, calibration=None)
+            config = cls(modules=options["modules"], recipe=options.get("recipe") or {}, inner=inner, calibration=None)
         return (config, kwargs) if return_unused_kwargs else config
 
     def __deepcopy__(self, memo):
@@ -73,15 +84,37 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         """A copy to carry out on a model; a configuration out of a checkpoint becomes the recipe it records."""
         if self.recipe is None:
             return copy.copy(self)
-        return LowRankConfig.from_dict({"recipe": self.recipe})
+        again = LowRankConfig.from_dict({"recipe": self.recipe})
+        again.inner = self.inner
+        return again
+
+    @property
+    def rank_step(self):
+        # A rank is the length of the rows of a left factor, which an inner quantizer may divide into groups.
+        return group_size(self.inner)
+
+    def record(self, model, calibration):
+        """Keep as `recipe` what is being carried out: the arguments, on which model and data, by which versions.
+
+        Args:
+            model (`torch.nn.Module`): dense, or what is left of it.
+            calibration (`dict`, *optional*): JSON that describes the data.
+        """
+        self.recipe = {**self.to_json(), "calibration": calibration, "versions": versions()}
+        base = repository(getattr(model, "name_or_path", None))
+        if base is not None:
+            self.recipe["base_model"] = base
 
     def to_dict(self):
-        return {
+        described = {
             "quant_method": QUANT_METHOD,
             "version": VERSION,
             "recipe": self.to_json() if self.recipe is None else self.recipe,
             "modules": self.modules or {},
         }
+        if self.inner is not None:
+            described["inner"] = {**self.inner.to_dict(), "quant_method": method_of(self.inner)}
+        return described
 
     def __iter__(self):
         yield from self.to_dict().items()

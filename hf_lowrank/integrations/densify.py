@@ -2,10 +2,11 @@
 
 import logging
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import TargetError
-from ..formats import LinearFace
+from ..formats import LinearFace, is_packed, plain
 from ..surgery import factorized
 
 
@@ -19,6 +20,7 @@ def multiply_out(model):
     added = [name for name, kind in found.items() if kind.added_bias(model, name)]
     for name, kind in found.items():
         kind.to_dense(model, name)
+    _unpack(model)
     if added:
         logger.warning(
             "%d dense layers, such as %s, now have a bias that the architecture has no place for: the model computes "
@@ -27,6 +29,21 @@ def multiply_out(model):
             len(added),
             added[0],
         )
+
+
+def _unpack(model):
+    """Put ordinary linears in the place of those that an inner quantizer has packed."""
+    packed = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and is_packed(module.weight)
+    }
+    for name, module in packed.items():
+        dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        dense.weight = nn.Parameter(plain(module).detach().contiguous())
+        dense.bias = module.bias
+        dense.train(module.training)
+        model.set_submodule(name, dense)
 
 
 def refuse_adapters(model, cure):

@@ -150,6 +150,10 @@ class ExpertsKind(LinearKind):
     def added_bias(self, model, name):
         return False
 
+    def factors(self, model, name):
+        left, right = self.stored(model, name).values()
+        return list(zip(left.detach().double(), right.detach().double(), strict=True))
+
     def dense_shape(self, model, name):
         left, right = self.stored(model, name).values()
         return left.shape[0], left.shape[1], right.shape[2]

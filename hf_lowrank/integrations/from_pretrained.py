@@ -5,28 +5,19 @@ import copy
 import functools
 import os
 import tempfile
+import warnings
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError
+from ..methods import METHODS
 from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer
-from .config import QUANT_METHOD, LowRankConfig
+from .config import QUANT_METHOD
 from .planning import gather, informed_plan, saved_for
+from .request import check, hub_arguments, path, quantizing, requested, stored_method
 from .session import Rehearsed, Session
 from .verbs import factorize_in_memory
-
-
-# Arguments that say where a repository is; the tokenizer is looked for in the same place.
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
 
 
 def install_keyword():
@@ -37,52 +28,42 @@ def install_keyword():
 
     @functools.wraps(original)
     def from_pretrained(cls, *args, lowrank_config=None, **kwargs):
-        config = _requested(lowrank_config, kwargs)
-        if config is None:
-            return original(cls, *args, **kwargs)
-        return _load(functools.partial(original, cls), cls, config, args, kwargs)
+        load = functools.partial(original, cls)
+        config, other = requested(lowrank_config, kwargs), kwargs.get("quantization_config")
+        if config is not None:
+            return _load(load, cls, config, args, kwargs)
+        if other is not None and stored_method(cls, args, kwargs) == QUANT_METHOD:
+            return _load_quantizing(load, cls, other, args, kwargs)
+        return load(*args, **kwargs)
 
     from_pretrained.lowrank_keyword = True
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
 
 
-def _requested(lowrank_config, kwargs):
-    """A copy of the configuration the caller asks for, under either keyword, or `None`."""
-    other = kwargs.get("quantization_config")
-    if lowrank_config is None:
-        if isinstance(other, LowRankConfig):
-            return other.again()
-        if isinstance(other, dict) and other.get("quant_method") == QUANT_METHOD:
-            return LowRankConfig.from_dict(other)
-        return None
-    if other is not None:
-        raise ConfigError(
-            "Give either `lowrank_config` or `quantization_config`; to quantize factors, factorize and save first."
-        )
-    if isinstance(lowrank_config, dict):
-        return LowRankConfig.from_dict(lowrank_config)
-    if not isinstance(lowrank_config, LowRankConfig):
-        raise ConfigError(f"`lowrank_config` must be a LowRankConfig or a dict, not {type(lowrank_config).__name__}.")
-    return lowrank_config.again()
-
-
 def _load(load, cls, config, args, kwargs):
-    kwargs = {**kwargs, "quantization_config": config}
     if kwargs.get("gguf_file") is not None:
         raise ConfigError(
             "A GGUF file cannot be factorized while it loads, since transformers has its own quantizer at work there; "
             "load it without `lowrank_config`, then call hf_lowrank.factorize(model, config)."
         )
-    session = config.session = Session(
-        key_mapping=kwargs.get("key_mapping"),
-        offload_folder=kwargs.get("offload_folder"),
-        given_keys=None if kwargs.get("state_dict") is None else list(kwargs["state_dict"]),
-    )
+    stored = stored_method(cls, args, kwargs)
+    check(config, stored)
+    if stored is not None and config.inner is not None:
+        warnings.warn(
+            "The checkpoint is factorized already: `lowrank_config` is ignored, and `quantization_config` quantizes "
+            "the factors it holds.",
+            stacklevel=3,
+        )
+        return _load_quantizing(load, cls, config.inner, args, kwargs)
+    kwargs = {**kwargs, "quantization_config": config}
+    session = config.session = _session(kwargs)
     # Data does not belong into a config, which is copied at will and kept with the model.
     calibration, config.calibration = as_calibration(config.calibration), None
     with contextlib.ExitStack() as stack:
         stack.enter_context(_removing_new_files(session.offload_folder))
-        if not is_quantized(cls, args, kwargs):
+        # A factorized checkpoint wins, with a warning by transformers: calibrating would be for nothing.
+        if stored is None:
+            _refuse_start(config.method)
             if config.compares:
                 return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:
@@ -90,6 +71,36 @@ def _load(load, cls, config, args, kwargs):
             if config.needs_curves and session.measured.ranks is None:
                 _measure(load, config, args, kwargs)
         return _load_once(load, session, args, kwargs)
+
+
+def _refuse_start(method):
+    if method.initialises:
+        raise ConfigError(
+            f"`method`={method.name!r} starts from scratch, and the weights of the checkpoint would be lost. Build "
+            "the model with `from_config` and call hf_lowrank.factorize(model, config). For trained weights in the "
+            f"same format, use a method that approximates them, such as {_approximates(method)}."
+        )
+
+
+def _approximates(method):
+    """The names of methods that store trained weights in the format of `method`."""
+    others = [name for name in METHODS.names() if METHODS[name].format == method.format]
+    return ", ".join(repr(name) for name in others if not METHODS[name].initialises)
+
+
+def _session(kwargs):
+    return Session(
+        key_mapping=kwargs.get("key_mapping"),
+        offload_folder=kwargs.get("offload_folder"),
+        given_keys=None if kwargs.get("state_dict") is None else list(kwargs["state_dict"]),
+    )
+
+
+def _load_quantizing(load, cls, inner, args, kwargs):
+    """Load the factors of a checkpoint, quantized by `inner`."""
+    kwargs, config = quantizing(cls, args, kwargs, inner)
+    config.session = _session(kwargs)
+    return _load_once(load, config.session, args, kwargs)
 
 
 def _load_compared(load, config, calibration, args, kwargs):
@@ -102,7 +113,7 @@ def _load_compared(load, config, calibration, args, kwargs):
         model,
         config,
         calibration,
-        lambda: load_tokenizer(_path(args, kwargs), **_hub_arguments(kwargs)),
+        lambda: load_tokenizer(path(args, kwargs), **hub_arguments(kwargs)),
         lambda site: site.weight_name not in info["missing_keys"],
     )
     return (model, info) if wanted else model
@@ -139,27 +150,6 @@ def _removing_new_files(folder):
             for name in set(os.listdir(folder)) - before:
                 if name.endswith(".safetensors"):
                     os.remove(os.path.join(folder, name))
-
-
-def _model_config(cls, args, kwargs):
-    """The model's config as `from_pretrained` would see it."""
-    config = kwargs.get("config")
-    if isinstance(config, PreTrainedConfig):
-        return config
-    return cls.config_class.from_pretrained(config or _path(args, kwargs), **_hub_arguments(kwargs))
-
-
-def _hub_arguments(kwargs):
-    return {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-
-
-def _path(args, kwargs):
-    return args[0] if args else kwargs.get("pretrained_model_name_or_path")
-
-
-def is_quantized(cls, args, kwargs):
-    """Whether the checkpoint's own config wins, with a warning by transformers: calibrating would be for nothing."""
-    return getattr(_model_config(cls, args, kwargs), "quantization_config", None) is not None
 
 
 def loader(cls):
@@ -208,7 +198,7 @@ def calibrate(load, config, calibration, args, kwargs, stack):
     del rehearsed
 
     def tokenizer():
-        return load_tokenizer(_path(args, kwargs), **_hub_arguments(kwargs))
+        return load_tokenizer(path(args, kwargs), **hub_arguments(kwargs))
 
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_lowrank_"))
     dense_kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}

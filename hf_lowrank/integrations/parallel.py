@@ -69,7 +69,13 @@ def install_parallel_plans():
 
 
 def _for_factors(model, expanded):
-    for name in factorized(model):
+    found = factorized(model)
+    quantization = getattr(model.config, "quantization_config", None)
+    if found and getattr(quantization, "inner", None) is not None:
+        raise ConfigError(
+            "Tensor parallelism cannot split quantized factors; load factors that are not quantized, or on one device."
+        )
+    for name in found:
         style = expanded.pop(name, None)
         for key in [key for key in expanded if key.startswith(f"{name}.")]:
             style = style or expanded[key]

@@ -7,6 +7,7 @@ from ..factorize import measure_site
 from ..latency import latencies_for
 from ..linalg import require_finite
 from ..plan import Measured, make_plan
+from ..statistics import STATISTICS
 from ..statistics.collect import collect
 from ..statistics.sequential import collect_sequentially
 from .calibration import as_calibration, check_calibration, make_batches, saved_statistics
@@ -52,9 +53,11 @@ def saved_for(recipe, calibration, token=None):
     """The [`Statistics`] that `calibration` names, or `None` where it is data.
 
     Raises:
-        CalibrationError: the allocator, the method or the refinement needs data itself.
+        CalibrationError: the allocator, the method or the refinement needs data itself, or what data cannot give.
     """
     saved = saved_statistics(calibration, token)
+    if saved is None:
+        refuse_uncollectable(recipe)
     if saved is not None or calibration.data is None:
         given = "None" if saved is None else "saved statistics"
         if recipe.needs_probe:
@@ -73,6 +76,17 @@ def saved_for(recipe, calibration, token=None):
                 "data, or leave `refine` unset."
             )
     return saved
+
+
+def refuse_uncollectable(recipe):
+    """Refuse a method that reads what training leaves behind, where there is only data to collect from."""
+    names = [name for name in recipe.method.statistics if not STATISTICS[name].collected]
+    if names:
+        raise CalibrationError(
+            f"`method`={recipe.method.name!r} with these options reads {names}, which no pass over data collects. "
+            "Give what training has left, `FirstOrderPruningCallback(keep_scores=True).statistics(model)` or a file "
+            "of it, as `calibration`; or use an option or a method that reads no such statistic."
+        )
 
 
 def collect_for(model, sites, recipe, calibration, tokenizer, keeping=None):

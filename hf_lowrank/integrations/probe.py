@@ -2,7 +2,7 @@
 
 import inspect
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -214,9 +214,11 @@ class _ModelProbe(Probe):
 
 
 def _product(factors, dtype):
-    """`left @ right` as the factorized layer would give it: factors in `dtype`, computed in float32 or wider."""
+    """The product as the factorized layer would give it: factors in `dtype`, computed in float32 or wider."""
     wide = torch.promote_types(dtype, torch.float32)
-    return factors.left.to(dtype).to(wide) @ factors.right.to(dtype).to(wide)
+    parts = {name: getattr(factors, name) for name in ("left", "right", "rest")}
+    cast = {name: None if part is None else part.to(dtype).to(wide) for name, part in parts.items()}
+    return replace(factors, **cast).product()
 
 
 def _shifting(module, shift):

@@ -9,13 +9,13 @@ import torch
 from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
 
 from ..errors import CalibrationError, CheckpointError, ResourceError
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
 from ..surgery import all_sites, lend_bases, specs
 from .checkpoint import check_complete, parameter_names, stored_keys
+from .composite import CompositeQuantizer
 from .config import QUANT_METHOD
 from .densify import detach, multiply_out, refuse_adapters
 from .guard import remove_guard
@@ -25,12 +25,14 @@ from .streaming import Factorize
 
 
 @register_quantizer(QUANT_METHOD)
-class LowRankQuantizer(HfQuantizer):
-    """Factorizes on the fly (`pre_quantized=False`) or loads factors as they are (`pre_quantized=True`)."""
+class LowRankQuantizer(CompositeQuantizer):
+    """Factorizes on the fly, or loads factors as they are; an inner quantizer may pack them on the way."""
 
     def __init__(self, quantization_config, **kwargs):
-        super().__init__(quantization_config, **kwargs)
         self.session = quantization_config.session or Session()
+        super().__init__(quantization_config, **kwargs)
+        # Ordinary factors that are packed while they load are not `pre_quantized` for transformers.
+        self.restores = self.pre_quantized or quantization_config.modules is not None
         self.placeholders = {}
         # By site, where a method shifts biases: the dense bias, or the shift, whichever came first.
         self.waiting = {}
@@ -47,18 +49,19 @@ class LowRankQuantizer(HfQuantizer):
     def update_attn_implementation(self, config):
         # Called with the config before weight files are looked for, which is when the guard has to go.
         remove_guard(config)
-        return config
+        return super().update_attn_implementation(config)
 
     def update_dtype(self, dtype):
-        self._loaded_dtype = dtype
-        return dtype
+        self._loaded_dtype = super().update_dtype(dtype)
+        return self._loaded_dtype
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         # Called with the user's device map before the model is built, and with the automatic one afterwards.
+        super().validate_environment(*args, device_map=device_map, **kwargs)
         self._check_offload(device_map)
 
     def _check_offload(self, device_map):
-        if self.pre_quantized or not isinstance(device_map, dict) or "disk" not in device_map.values():
+        if self.restores or not isinstance(device_map, dict) or "disk" not in device_map.values():
             return
         folder = self.session.offload_folder
         if folder is None:
@@ -77,20 +80,29 @@ class LowRankQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, device_map=None, **kwargs):
-        if self.pre_quantized:
-            self._build_from_modules(model, checkpoint_files)
+        dense = None
+        if self.restores:
+            dense = self._build_from_modules(model)
         else:
             self.build_placeholders(model, checkpoint_files, device_map)
             self.check_statistics()
             self._check_offload(device_map)
             self.progress = Progress(len(self.plan.sites), "Measuring" if self.session.measuring else "Factorizing")
+        super()._process_model_before_weight_loading(
+            model, checkpoint_files=checkpoint_files, device_map=device_map, **kwargs
+        )
+        # Only now the inner quantizer knows by which names it has stored what.
+        names = None if dense is None else self._stored_names(model, checkpoint_files)
+        if names is not None:
+            check_complete(model, dense, names)
 
     def _stored_names(self, model, checkpoint_files):
         """Parameters of `model` that the checkpoint holds, by their names in the model; `None` if nobody can tell."""
         keys = self.session.given_keys if not checkpoint_files else stored_keys(checkpoint_files)
-        return None if keys is None else parameter_names(model, keys, self.session.key_mapping)
+        return None if keys is None else parameter_names(model, keys, self.session.key_mapping, self)
 
-    def _build_from_modules(self, model, checkpoint_files):
+    def _build_from_modules(self, model):
+        """Put the layers in that the checkpoint describes; returns the sites that stay dense."""
         sites = {site.name: site for site in all_sites(model)}
         found = {}
         modules = self.quantization_config.modules or {}
@@ -109,9 +121,7 @@ class LowRankQuantizer(HfQuantizer):
         for name, spec in found.items():
             sites[name].kind.skeleton(model, sites[name], spec, _dtype(model, sites[name]))
         lend_bases(model, found)
-        names = self._stored_names(model, checkpoint_files)
-        if names is not None:
-            check_complete(model, [site for name, site in sites.items() if name not in found], names)
+        return [site for name, site in sites.items() if name not in found]
 
     def build_placeholders(self, model, checkpoint_files, device_map=None):
         """Plan, and give every weight that becomes factors an empty layer, which takes the dense weight too.
@@ -134,7 +144,7 @@ class LowRankQuantizer(HfQuantizer):
             measured = Measured(latencies=measured.latencies)
         self.plan = make_plan(model, config, available, measured)
         config.modules = self.plan.specs()
-        config.recipe = {**config.to_json(), "calibration": self.session.provenance or None}
+        config.record(model, self.session.provenance or None)
         self._largest = max((_dense_bytes(site) for site in self.plan.sites.values()), default=0)
         for site in self.plan.members.values():
             dtype = _dtype(model, site)
@@ -163,14 +173,15 @@ class LowRankQuantizer(HfQuantizer):
         statistics.check(self.plan.statistics_shapes(config.method.statistics))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
-        return param_name in self.placeholders
+        return param_name in self.placeholders or super().param_needs_quantization(model, param_name, **kwargs)
 
     def param_element_size(self, model, param_name, param):
         # A placeholder is never filled, so that the automatic device map counts the factors only.
-        return 0 if param_name in self.placeholders else param.element_size()
+        return 0 if param_name in self.placeholders else super().param_element_size(model, param_name, param)
 
     def adjust_max_memory(self, max_memory):
-        if self.pre_quantized:
+        max_memory = super().adjust_max_memory(max_memory)
+        if self.restores:
             return max_memory
         # Room for one dense weight and its float64 workspace on whatever device computes it.
         reserve = 3 * self._largest
@@ -201,6 +212,7 @@ class LowRankQuantizer(HfQuantizer):
         if self.progress is not None:
             self.progress.close(None if self.session.measuring else _summary_line(self.plan, model))
             self.progress = None
+        super()._process_model_after_weight_loading(model, **kwargs)
         if self.plan is not None and not self.plan.sites:
             detach(model)
 
@@ -210,27 +222,11 @@ class LowRankQuantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):
             refuse_adapters(model, "save the PEFT model, or call merge_and_unload()")
         self.quantization_config.modules = specs(model)
-        return None, {}
+        return super().get_state_dict_and_metadata(model)
 
     def _dequantize(self, model, dtype=None):
         multiply_out(model)
         return model
-
-    def is_serializable(self):
-        return True
-
-    @property
-    def is_trainable(self):
-        return True
-
-    @property
-    def is_qat_trainable(self):
-        # Factors are ordinary parameters: nothing stands in the way of training them.
-        return True
-
-    @property
-    def is_compileable(self):
-        return True
 
 
 def attach(model, config):

@@ -39,6 +39,19 @@ class Factorize(ConversionOps):
         session = self.quantizer.session
         if session.failure is not None:
             raise session.failure
+        try:
+            converted = self._converted(input_dict, model, missing_keys)
+            if session.measuring:
+                return converted
+            return self.quantizer.pack(converted, model, missing_keys=missing_keys, **kwargs)
+        except LowRankError as failure:
+            session.failure = failure
+            if self.quantizer.progress is not None:
+                self.quantizer.progress.close()
+            raise
+
+    def _converted(self, input_dict, model, missing_keys):
+        """The tensors under their new names, factors in the place of dense weights."""
         converted = {}
         for name in list(input_dict):
             tensor = input_dict.pop(name)
@@ -51,12 +64,7 @@ class Factorize(ConversionOps):
             del model.get_submodule(owner)._parameters[leaf]
             if missing_keys is not None:
                 missing_keys.discard(name)
-            try:
-                made = self._bias(site, tensor) if role == "bias" else self._factors(model, site, tensor)
-            except LowRankError as failure:
-                session.failure = failure
-                self.quantizer.progress.close()
-                raise
+            made = self._bias(site, tensor) if role == "bias" else self._factors(model, site, tensor)
             converted.update({key: local_part(model, key, value) for key, value in made.items()})
         return converted
 

@@ -17,7 +17,7 @@ from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
 from .densify import detach, multiply_out
-from .planning import collect_for, gather, informed_plan
+from .planning import collect_for, gather, informed_plan, refuse_uncollectable
 from .progress import Progress
 from .quantizer import LowRankQuantizer, attach
 from .refining import refined
@@ -43,6 +43,11 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
     config = config.again()
+    if config.inner is not None:
+        raise ConfigError(
+            "`config` asks for quantized factors, which are made while a model loads; factorize with a LowRankConfig "
+            "of your own, save, and call from_pretrained(folder, quantization_config=...)."
+        )
     calibration = config.calibration if calibration is None else calibration
     return factorize_in_memory(model, config, calibration, _tokenizer_for(model, tokenizer))
 
@@ -95,7 +100,7 @@ def describe(model, config, provenance):
         config ([`LowRankConfig`]): how; its `recipe` becomes part of what is saved.
         provenance (`dict`, *optional*): JSON that describes the calibration data.
     """
-    config.recipe = {**config.to_json(), "calibration": provenance}
+    config.record(model, provenance)
     for part in _outermost_pretrained(model):
         if factorized(part):
             attach(part, config)
@@ -179,6 +184,7 @@ def collect_statistics(
     recipe = Recipe(method=method, target_modules=target_modules, exclude_modules=exclude_modules, seed=seed)
     if not recipe.needs_statistics:
         raise CalibrationError(f"`method`={recipe.method.name!r} needs no statistics.")
+    refuse_uncollectable(recipe)
     sites = match_sites(model, target_modules, exclude_modules)
     return collect_for(model, sites, recipe, as_calibration(calibration), _tokenizer_for(model, tokenizer))
 

@@ -55,3 +55,8 @@ def transposed_times(left, matrix):
     for rows, block in row_blocks(matrix):
         product.addmm_(left[rows].T, block)
     return product
+
+
+def difference_energy(matrix, left, right):
+    """`|matrix - left @ right|_F^2`, a `float`, for float64 factors."""
+    return sum((block - left[rows] @ right).square().sum().item() for rows, block in row_blocks(matrix))

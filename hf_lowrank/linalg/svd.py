@@ -51,6 +51,29 @@ def singular_energies(matrix):
     return eigenvalues(rows_gram(matrix) if matrix.shape[0] <= matrix.shape[1] else columns_gram(matrix))
 
 
+def product_singular_values(left, right):
+    r"""The singular values of `left @ right`, largest first, without that product.
+
+        left = Q R,    right^T = P S,    s(left @ right) = s(R S^T)
+
+    The core `R S^T` has no more rows or columns than the rank.
+
+    Args:
+        left (`torch.Tensor`): `(out, r)`, float64.
+        right (`torch.Tensor`): `(r, in)`, float64.
+
+    Returns:
+        `(min(out, r, in),)`, float64.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or infinity.
+    """
+    require_finite(left, "The left factor")
+    require_finite(right, "The right factor")
+    core = torch.linalg.qr(left, mode="r").R @ torch.linalg.qr(right.T, mode="r").R.T
+    return torch.linalg.svdvals(core)
+
+
 def truncated_svd(matrix, rank):
     r"""Best approximation of rank `rank` in Frobenius norm (Eckart-Young), as two factors.
 

@@ -1,6 +1,6 @@
 """What a method is: a frozen dataclass of options that turns one weight and its statistics into factors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -14,22 +14,32 @@ register_method = METHODS.register
 
 @dataclass(frozen=True)
 class Factors:
-    r"""Two factors and the error they leave, `W ~ left @ right`; perhaps a shift of the bias, `b + shift`.
+    r"""Two factors and the error they leave, `W ~ left @ right + rest`; perhaps a shift of the bias, `b + shift`.
 
     Args:
         left (`torch.Tensor`): `(out, r)`, float64.
         right (`torch.Tensor`): `(r, in)`, float64.
-        relative_error (`float`): `sqrt(objective / objective of the zero matrix)`, in the method's own metric,
-            in [0, 1].
+        relative_error (`float`, *optional*): `sqrt(objective / objective of the zero matrix)`, in the method's own
+            metric, in [0, 1]; `None` from methods that `initialise`.
         shift (`torch.Tensor`, *optional*): `(out,)`, float64, added to the layer's bias; a layer without bias gets
             one. Formats do not see it: whoever replaces the layer adds it. Only from methods that announce it in
             `shifts`.
+        rest (`torch.Tensor`, *optional*): `(out, in)`, sparse, coalesced, float64: what the weight has beside the
+            product. Only from methods with `only_format`.
+        layout (`dict`): what [`Method.layout`] says of this shape and rank.
     """
 
     left: torch.Tensor
     right: torch.Tensor
-    relative_error: float
+    relative_error: float | None
     shift: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
+    layout: dict = field(default_factory=dict)
+
+    def product(self):
+        """The weight that the factors stand for, `(out, in)`."""
+        product = self.left @ self.right
+        return product if self.rest is None else product + self.rest
 
     @classmethod
     def from_energies(cls, left, right, energies, shift=None):
@@ -53,6 +63,12 @@ class Method:
         share_layers (`int`): how many neighbouring blocks share a basis; likewise.
         anchored (`bool`): whether each weight is factorized on what the compressed model in front of it puts out; it
             is then given `compressed_gram` and `cross_gram` ([`CrossGram`]) beside its statistics.
+        only_format (`bool`): whether its factors fit into `format` and no other.
+        searches (`bool`): whether it finds good factors rather than the best ones, so that the error may rise a little
+            from one rank to the next.
+        initialises (`bool`): whether its factors do not approximate the weight, but are where training from scratch
+            begins. It is then given a `seed` (`int`) beside its statistics, which differs from layer to layer, and has
+            neither objective nor error curve.
     """
 
     name: ClassVar[str]
@@ -62,11 +78,22 @@ class Method:
     joint_groups: ClassVar[tuple] = ()
     share_layers: ClassVar[int] = 1
     anchored: ClassVar[bool] = False
+    only_format: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
+    initialises: ClassVar[bool] = False
 
     @property
     def shifts(self):
         """Whether its factors carry a `shift` of the bias; known before any weight is, so that room is made for it."""
         return False
+
+    def terms(self, rank):
+        """How many of `rank` rows of `right` one row of the weight combines; fewer than all where `left` is sparse."""
+        return rank
+
+    def layout(self, out_features, in_features, rank):
+        """What the spec of a layer of this shape says beside its format and rank: a JSON dict, `{}` by default."""
+        return {}
 
     def factorize(self, weight, rank, stats):
         """Factors of `weight` at `rank`.

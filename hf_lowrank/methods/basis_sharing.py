@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..checks import is_integer
 from ..errors import ConfigError
 from ..linalg import output_energies, output_optimal, shrink
 from ._groups import checked_groups
@@ -52,7 +53,7 @@ class BasisSharing(Method):
 
     def __post_init__(self):
         object.__setattr__(self, "joint_groups", checked_groups(self))
-        if not isinstance(self.share_layers, int) or isinstance(self.share_layers, bool) or self.share_layers < 1:
+        if not is_integer(self.share_layers, 1):
             raise ConfigError(
                 f"`share_layers`={self.share_layers!r} of basis_sharing must be an integer of at least 1, the number "
                 "of neighbouring blocks with one basis."

@@ -1,16 +1,13 @@
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ..blocks import block_names, first_calls
-from ..errors import CalibrationError, ConfigError, LowRankError
 from ..formats import FormatLinear, PivotedLinear
 from ..kinds import kind_of
 from ..statistics.collect import call_arguments, prepared
-from ..surgery import tied_weights
-from ._trial import Trial, connected, holds, lender_of
+from ._linears import check_arguments, fixed_parameters, is_plain, linear_maps, shape_of
+from ._trial import Trial, connected, holds
 
 
 @dataclass(frozen=True)
@@ -61,13 +58,13 @@ def fold_order(model, inputs):
         The order is that of PIFA (biomedical-cybernetics/pivoting-factorization, ICML 2025). Derived here: finding
         by trial where it can be folded.
     """
-    _check(model, inputs)
+    check_arguments(model, inputs)
     blocks = block_names(model, [name for name, module in model.named_modules() if _has_gather(module)])
     if not blocks:
         return 0
     with prepared(model, backward=False):
         calls = first_calls(model, blocks, lambda: model(**call_arguments(model, inputs)))
-    fixed = _fixed(model)
+    fixed = fixed_parameters(model)
     # All folds are known before the first layer is touched; each by itself leaves what the model computes as it is.
     folds = [fold for name in calls for fold in _find(name, model.get_submodule(name), calls[name], fixed)]
     for fold in folds:
@@ -75,44 +72,8 @@ def fold_order(model, inputs):
     return len(folds)
 
 
-def _check(model, inputs):
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"`model` must be a torch.nn.Module, not {type(model).__name__}.")
-    if not isinstance(inputs, Mapping) or not any(isinstance(value, torch.Tensor) for value in inputs.values()):
-        raise CalibrationError(
-            f"`inputs` must be a dict of tensors, as a tokenizer or processor makes it with `return_tensors='pt'`, "
-            f"not {type(inputs).__name__}."
-        )
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise LowRankError(
-            "Some weights of the model are on disk or on the meta device, where they cannot be reordered; load it "
-            "without offloading, fold, and save it: what was folded stays so."
-        )
-
-
 def _has_gather(module):
     return isinstance(module, PivotedLinear) and not module.pivots_first
-
-
-def _fixed(model):
-    """Full names of parameters that more than their own layer reads."""
-    fixed = tied_weights(model)
-    names = {module: name for name, module in model.named_modules()}
-    for module, name in names.items():
-        lender = lender_of(module)
-        if lender is not None:
-            fixed |= {f"{layer}.{key}" for layer in (name, names.get(lender)) for key in module.lent}
-    return fixed
-
-
-def _linears(block):
-    """`{name: layer}` of every linear of `block`, the children of factorized ones not among them."""
-    found = {}
-    for name, module in block.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in found)
-        if not inside and (isinstance(module, FormatLinear) or kind_of(module) is not None):
-            found[name] = module
-    return found
 
 
 def _outputs(layer):
@@ -129,19 +90,10 @@ def _inputs(layer):
     return {"weight": 0 if kind_of(layer).transposed else 1}
 
 
-def _can_reorder(name, layer, names, fixed):
-    """Whether `layer`, called `name`, holds the tensors `names` by itself, as plain numbers."""
-    # Adapters and quantizers replace the children or the tensors.
-    plain = all(type(child) is nn.Linear for child in layer.children())
-    tensors = layer.state_dict(keep_vars=True)
-    plain = plain and all(type(tensor.data) is torch.Tensor for tensor in tensors.values())
-    return bool(names) and plain and not any(f"{name}.{key}" in fixed for key in names)
-
-
 def _find(prefix, block, call, fixed):
     """The [`Fold`]s of one block, called `prefix`, which `call` is a call of."""
-    linears = _linears(block)
-    shapes = {name: _shape(layer) for name, layer in linears.items()}
+    linears = linear_maps(block)
+    shapes = {name: shape_of(layer) for name, layer in linears.items()}
     sizes = {shapes[name][0] for name, layer in linears.items() if _has_gather(layer)}
     consumers = [name for name in linears if shapes[name][1] in sizes]
     producers = [name for name in linears if any(shapes[name][0] == shapes[reader][1] for reader in consumers)]
@@ -155,19 +107,14 @@ def _find(prefix, block, call, fixed):
             leader = next((name for name in names if _has_gather(linears[name])), None)
             # These channels have the order of another layer already.
             done = any(isinstance(linears[name], PivotedLinear) and linears[name].pivots_first for name in names)
-            free = all(_can_reorder(f"{prefix}.{n}", linears[n], _outputs(linears[n]), fixed) for n in names)
-            free = free and all(_can_reorder(f"{prefix}.{n}", linears[n], _inputs(linears[n]), fixed) for n in readers)
+            free = all(is_plain(f"{prefix}.{n}", linears[n], _outputs(linears[n]), fixed) for n in names)
+            free = free and all(is_plain(f"{prefix}.{n}", linears[n], _inputs(linears[n]), fixed) for n in readers)
             if leader is None or done or not free:
                 continue
             if holds(trial, before, names, readers, linears[leader].order.long().argsort()):
                 full = {name: f"{prefix}.{name}" for name in linears}
                 found.append(Fold([full[n] for n in names], [full[n] for n in readers], full[leader]))
         return found
-
-
-def _shape(layer):
-    site = layer if isinstance(layer, FormatLinear) else kind_of(layer).sites("", layer)[0]
-    return site.out_features, site.in_features
 
 
 def _apply(model, fold):

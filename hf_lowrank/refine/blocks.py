@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..blocks import Chain, block_names, find_chains, in_dtype, record
+from ..checks import is_integer
 from ..errors import CheckpointError, ConfigError, NonFiniteError
 from ..parts import Parts, digest_of_batches
 from .base import Refinement, register_refinement
@@ -45,7 +46,7 @@ class BlockRefinement(Refinement):
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
-        if not isinstance(self.epochs, int) or isinstance(self.epochs, bool) or self.epochs < 0:
+        if not is_integer(self.epochs, 0):
             raise ConfigError(f"`epochs`={self.epochs!r} of blocks must be an integer of at least 0.")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..formats import FORMATS
+from ..sizes import numbers, tensor_bytes
 from ..surgery import factorized, specs
 from .table import aligned
 
@@ -18,6 +20,8 @@ class Row:
         parameters (`int`): numbers stored; a bias only where the dense layer had none.
         dense_parameters (`int`): numbers the dense weight would store.
         bytes (`int`): bytes of these.
+        dense_bytes (`int`): bytes of the dense weight in the dtype of the factors.
+        break_even (`int`): the lowest rank at which the format would save nothing.
         relative_error (`float`, *optional*): recorded when it was factorized, in its method's metric.
     """
 
@@ -28,6 +32,8 @@ class Row:
     parameters: int
     dense_parameters: int
     bytes: int
+    dense_bytes: int
+    break_even: int
     relative_error: float | None
 
 
@@ -87,6 +93,7 @@ def summary(model):
     """
     rows, saved_numbers, saved_bytes = [], 0, 0
     tensors = {id(p): p for p in model.parameters()}
+    counted = {*tensors, *(id(b) for b in model.buffers())}
     described = specs(model)
     for name, kind in factorized(model).items():
         spec = described[name]
@@ -94,16 +101,21 @@ def summary(model):
         own = list(kind.stored(model, name).values())
         # Orders and masks are buffers, and stored like the weights.
         tensors.update((id(t), t) for t in own)
-        stored, size = _count(own)
+        stored, size = _count(own, counted)
         dense = copies * out_features * in_features
+        # The order of a pivoted layer is of integers, and packed weights may be, whatever the dtype of the weight was.
+        found = (t for t in (*own, *model.parameters()) if id(t) in counted and t.is_floating_point())
+        dense_size = dense * next(found, own[0]).element_size()
         shape = f"{out_features} x {in_features}" if copies == 1 else f"{copies} x {out_features} x {in_features}"
-        rows.append(Row(name, spec["format"], spec["rank"], shape, stored, dense, size, spec.get("relative_error")))
+        edge = FORMATS[spec["format"]].break_even(out_features, in_features)
+        error = spec.get("relative_error")
+        rows.append(Row(name, spec["format"], spec["rank"], shape, stored, dense, size, dense_size, edge, error))
         saved_numbers += dense - stored
-        saved_bytes += dense * own[0].element_size() - size
-    parameters, size = _count(tensors.values())
+        saved_bytes += dense_size - size
+    parameters, size = _count(tensors.values(), counted)
     return Summary(rows, parameters, parameters + saved_numbers, size, size + saved_bytes)
 
 
-def _count(tensors):
-    """`(numbers, bytes)` of some tensors."""
-    return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)
+def _count(tensors, counted):
+    """`(numbers, bytes)` of some tensors; scales that a quantizer stores beside them are not among the `counted`."""
+    return sum(numbers(t) for t in tensors if id(t) in counted), sum(tensor_bytes(t) for t in tensors)

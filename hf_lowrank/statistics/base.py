@@ -29,11 +29,13 @@ class Statistic:
             `(tokens,)`, which is 0 except where one layer holds several (experts).
         of_labels (`bool`): whether gradients are those of the model's own loss on the labels in the batch, where it
             has any; else, labels are drawn from the model's predictions.
+        collected (`bool`): whether a pass over data collects it; what training leaves behind is never accumulated.
     """
 
     name: ClassVar[str]
     sees: ClassVar[tuple] = (INPUTS,)
     of_labels: ClassVar[bool] = False
+    collected: ClassVar[bool] = True
 
     def __init__(self, features, device):
         raise NotImplementedError

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import StatisticsError
 from ..files import write_tensors
 from .base import STATISTICS
+from .push import push_statistics
 
 
 FORMAT = "hf_lowrank.statistics"
@@ -89,6 +90,34 @@ class Statistics:
         write_tensors(
             path, layout, lambda key: self._read(*key.rsplit(":", 1)).double(), {"hf_lowrank": json.dumps(header)}
         )
+
+    def push_to_hub(
+        self,
+        repo_id,
+        path_in_repo="statistics.safetensors",
+        private=None,
+        token=None,
+        revision=None,
+        create_pr=False,
+        commit_message="Upload calibration statistics",
+    ):
+        """Put the file into a repository on the Hub, with a card: one commit, or none.
+
+        `calibration="owner/repository/statistics.safetensors"` reads it from there.
+
+        Args:
+            repo_id (`str`): created if it is not there.
+            path_in_repo (`str`, defaults to `"statistics.safetensors"`): one repository can hold many.
+            private (`bool`, *optional*): of a repository that is created.
+            token (`str` or `bool`, *optional*): as in `huggingface_hub`.
+            revision (`str`, *optional*): a branch, made if it is not there.
+            create_pr (`bool`, defaults to `False`): open a pull request instead.
+            commit_message (`str`, *optional*): its summary.
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        return push_statistics(self, repo_id, path_in_repo, private, token, revision, create_pr, commit_message)
 
     @staticmethod
     def load(path):

@@ -14,36 +14,44 @@ from ..methods import Factors
 from .matrices import make_weight
 
 
-def check_format(format, rows=24, columns=40, rank=8):
+def check_format(format, rows=24, columns=40, rank=8, make=None):
     """Assert the laws of formats on `format`, a class.
 
+    `make(rows, columns, rank)` gives other [`Factors`] to store than a truncated SVD, for formats that hold more than
+    two dense factors; at full rank, those of `make_weight(rows, columns)`.
+
     `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
-    `cost` and `stored_bytes` are what is stored, integers included; the lowest and the full rank work; casts work;
-    `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows` and
-    `input_columns` are just that.
+    `cost`, `stored_bytes` and `tensors` are what is stored, integers included; the lowest and the full rank work;
+    casts work; `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows`
+    and `input_columns` are just that.
     """
     assert FORMATS[format.name] is format
+    make = make or _factors
+    factors = make(rows, columns, rank)
     for bias in (torch.linspace(-1, 1, rows, dtype=torch.float64), None):
         for transposed in (False, True):
-            layer = format.from_factors(_factors(rows, columns, rank), bias, torch.float64, transposed=transposed)
+            layer = format.from_factors(factors, bias, torch.float64, transposed=transposed)
+            torch.testing.assert_close(layer.dense_weight(), factors.product(), rtol=0, atol=1e-12)
             _check_forward(layer, rows, columns, bias)
             _check_round_trip(format, layer, bias is not None, transposed)
             _check_weight(layer, transposed)
             _check_channels(layer)
+    assert len(layer.state_dict()) <= format.tensors
     stored = sum(tensor.numel() for tensor in layer.state_dict().values())
-    assert stored == format.cost(rows, columns, rank)
+    assert stored == format.cost(rows, columns, rank, **factors.layout)
     size = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
-    assert size == format.stored_bytes(rows, columns, rank, torch.float64.itemsize)
-    edge = format.break_even(rows, columns)
-    assert edge > min(rows, columns) or format.cost(rows, columns, edge) >= rows * columns
-    assert edge == 1 or format.cost(rows, columns, edge - 1) < rows * columns
+    assert size == format.stored_bytes(rows, columns, rank, torch.float64.itemsize, **factors.layout)
+    edge = format.break_even(rows, columns, lambda *shape: make(*shape).layout)
+    costs = {at: format.cost(rows, columns, at, **make(rows, columns, at).layout) for at in (edge - 1, edge) if at}
+    assert edge > min(rows, columns) or costs[edge] >= rows * columns
+    assert edge == 1 or costs[edge - 1] < rows * columns
     full = min(rows, columns)
     for extreme in (1, full):
-        layer = format.from_factors(_factors(rows, columns, extreme), None, torch.float64)
+        layer = format.from_factors(make(rows, columns, extreme), None, torch.float64)
         _check_forward(layer, rows, columns, None)
         _check_round_trip(format, layer, False, False)
     torch.testing.assert_close(layer.dense_weight(), make_weight(rows, columns), rtol=0, atol=1e-12)
-    low = format.from_factors(_factors(rows, columns, rank), None, torch.bfloat16)
+    low = format.from_factors(factors, None, torch.bfloat16)
     assert low(torch.randn(2, columns, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
@@ -113,8 +121,9 @@ def _check_weight(layer, transposed):
     (layer.weight.square().sum()).backward()
     assert all(p.grad is not None and p.grad.any() for name, p in layer.named_parameters() if name != layer.bias_name)
     layer.zero_grad()
-    left, right = layer.factors()
-    torch.testing.assert_close(left @ right, dense.detach(), rtol=0, atol=1e-12)
+    (left, right), rest = layer.factors(), layer.rest()
+    torch.testing.assert_close(left @ right + (0 if rest is None else rest), dense.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer.exact_weight(), dense.detach(), rtol=0, atol=1e-12)
     assert torch.equal(layer.weight.data + 0, expected.detach())
     assert not (layer.weight.data + 0).requires_grad
     writes = (

@@ -1,15 +1,14 @@
 """Mixed-rank fine-tuning: draw a branch for every layer and step, and compare two draws of a step."""
 
-import math
-from contextlib import contextmanager
-
-from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..draws import draw, refuse_sharded, two_branch_layers
+from ..checks import is_integer, is_number
+from ..draws import draw, two_branch_layers
 from ..errors import ConfigError, TargetError
 from ..refine.distillation import logit_loss
+from ..sharding import refuse_sharded
+from ._passes import Computed, refuse_two_passes, replaced_forward
 
 
 class MixedRankCallback(TrainerCallback, ExportableState):
@@ -36,13 +35,13 @@ class MixedRankCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, probability=0.5, anneal_fraction=0.5, anneal_steps=None, seed=0):
-        if not _is_number(probability) or not 0 <= probability <= 1:
+        if not is_number(probability) or not 0 <= probability <= 1:
             raise ConfigError(f"`probability`={probability!r} must be in [0, 1]: that of the full-rank weight.")
-        if not _is_number(anneal_fraction) or not 0 < anneal_fraction <= 1:
+        if not is_number(anneal_fraction) or not 0 < anneal_fraction <= 1:
             raise ConfigError(f"`anneal_fraction`={anneal_fraction!r} must be in (0, 1], a part of the run.")
         for name, value, least in (("anneal_steps", anneal_steps, 1), ("seed", seed, 0)):
             given = value is not None or name == "seed"
-            if given and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+            if given and not is_integer(value, least):
                 raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")
         self.probability = probability
         self.anneal_fraction = anneal_fraction
@@ -111,7 +110,7 @@ class MixedRankTrainer(Trainer):
     """
 
     def __init__(self, *args, consistency_weight=1.0, consistency="kl", **kwargs):
-        if not _is_number(consistency_weight) or consistency_weight < 0:
+        if not is_number(consistency_weight) or consistency_weight < 0:
             raise ConfigError(f"`consistency_weight`={consistency_weight!r} must be a number of at least 0.")
         if consistency not in ("kl", "mse"):
             raise ConfigError(f"`consistency`={consistency!r} must be 'kl' or 'mse'.")
@@ -126,18 +125,8 @@ class MixedRankTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
 
     def train(self, *args, **kwargs):
-        inner = self.accelerator.unwrap_model(self.model)
-        checkpointing = self.args.activation_checkpointing or getattr(inner, "is_activation_checkpointing", False)
-        if self.consistency_weight and checkpointing:
-            raise ConfigError(
-                "Gradient checkpointing recomputes the first of two passes after the second has drawn other branches; "
-                "turn it off, or give MixedRankTrainer consistency_weight=0."
-            )
-        if self.consistency_weight and self.args.n_gpu > 1:
-            raise ConfigError(
-                f"One process drives {self.args.n_gpu} GPUs, whose copies of the model cannot make two passes each; "
-                "start one process a GPU with `torchrun` or `accelerate launch`."
-            )
+        if self.consistency_weight:
+            refuse_two_passes(self, "MixedRankTrainer consistency_weight=0")
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -154,8 +143,8 @@ class MixedRankTrainer(Trainer):
             return tuple(outputs)
 
         # One call of what wraps the model for several processes: it looks for the parameters in use after each call.
-        with _replaced_forward(inner, both):
-            passes = [_Computed(inner, lambda **batch: model(**batch)[0]), _Computed(inner, lambda **_: outputs[1])]
+        with replaced_forward(inner, both):
+            passes = [Computed(inner, lambda **batch: model(**batch)[0]), Computed(inner, lambda **_: outputs[1])]
             losses = [super(MixedRankTrainer, self).compute_loss(p, dict(inputs), False, None) for p in passes]
         distance = self._distance(*(output["logits"] for output in outputs), inputs.get("attention_mask"))
         loss = sum(losses) / 2 + self.consistency_weight / 2 * distance
@@ -174,39 +163,3 @@ class MixedRankTrainer(Trainer):
 
     def _mixed_rank_callback(self):
         return next((c for c in self.callback_handler.callbacks if isinstance(c, MixedRankCallback)), None)
-
-
-class _Computed(nn.Module):
-    """Stands in for a model where `Trainer` computes a loss from outputs that another call has made."""
-
-    def __init__(self, model, outputs):
-        super().__init__()
-        # Not registered: `Trainer` asks for the names of its class.
-        self.__dict__.update(outputs=outputs, _get_name=lambda: _architecture(model)._get_name())
-
-    def forward(self, **inputs):
-        return self.outputs(**inputs)
-
-
-def _architecture(model):
-    """The transformers model inside an adapted one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-@contextmanager
-def _replaced_forward(module, replacement):
-    """Inside, calling `module` calls `replacement(its forward, ...)`."""
-    own = module.__dict__.get("forward")
-    forward = module.forward
-    module.forward = lambda *args, **kwargs: replacement(forward, *args, **kwargs)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,6 +6,7 @@ from typing import ClassVar
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from ..checks import is_integer, is_number
 from ..errors import ConfigError
 from ._register import extend_peft_type, saved_type
 
@@ -124,14 +125,9 @@ class TunerConfig(TargetConfig):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def is_number(value):
-    """Whether `value` is a finite number, and no boolean."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def check_rank_option(name, value, least=1):
     """Refuse anything but an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not is_integer(value, least):
         raise ConfigError(f"{name}={value!r} must be an integer of at least {least}.")
 
 

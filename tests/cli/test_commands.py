@@ -204,13 +204,17 @@ def on_the_hub(hub, home, *arguments):
 def test_from_the_hub_and_back(small, dense, tmp_path):
     target, _ = small
     with Hub() as hub:
-        hub.repositories["me/dense"] = {path.name: path.read_bytes() for path in dense.iterdir()}
+        hub.folder("me/dense", dense)
         made = on_the_hub(hub, tmp_path / "home", "factorize", "me/dense", tmp_path / "made", *SVD)
         assert on_the_hub(hub, tmp_path / "home", "push", tmp_path / "made", "me/small")["repository"] == "me/small"
         commits = [request for request in hub.requests if request.startswith("POST") and "/commit/" in request]
         pushed = hub.repositories["me/small"]
-    found = hashes(tmp_path / "made")
-    assert found == hashes(target), "whether the model is in a folder or on the Hub"
+    found, same = hashes(tmp_path / "made"), hashes(target)
+    told = {"config.json", "factorization.json"}
+    assert {name: found[name] for name in found if name not in told} == {n: same[n] for n in same if n not in told}
+    here, there = (json.loads((folder / "config.json").read_text()) for folder in (target, tmp_path / "made"))
+    assert there["quantization_config"]["recipe"].pop("base_model") == "me/dense"
+    assert there == here, "whether the model is in a folder or on the Hub"
     assert made["record"]["sources"] == {path.name: sha256_of(path) for path in dense.glob("*.safetensors")}
     assert {
         name: hashlib.sha256(data).hexdigest() for name, data in pushed.items() if name != ".gitattributes"

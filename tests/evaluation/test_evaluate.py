@@ -7,6 +7,7 @@ import torch
 
 from hf_lowrank import ConfigError, EvaluationError, LowRankConfig, PerplexityTask, evaluate, factorize, summary
 from hf_lowrank.evaluation import PRESETS, size_of
+from hf_lowrank.provenance import command
 from hf_lowrank.testing import tiny_model
 
 
@@ -114,3 +115,8 @@ def test_packed_weights_count_as_they_are_stored():
     # A byte a weight, a float32 scale and an int8 zero point a row; the other stays float32.
     assert size.bytes == 64 * 32 + 5 * 32 + 4 * 64 * 8
     assert size.parameters == 64 * 40
+
+
+def test_the_command_tells_no_secrets(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/me/run.py", "--token", "hf_" + "a1" * 17, "--data", "/data/x", "here/y"])
+    assert command() == "python run.py --token hf_*** --data x here/y"

@@ -4,6 +4,7 @@ import copy
 import shutil
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -100,6 +101,17 @@ def test_disk_offload_on_the_fly_and_on_reload(folders, name, tmp_path):
     assert torch.equal(run(again), expected)
     with pytest.raises(hf_lowrank.LowRankError, match="on disk or on the meta device"):
         hf_lowrank.to_dense(model)
+
+
+@pytest.mark.parametrize("method", ["sparse_low_rank", "dsformer"])
+def test_layers_with_tensors_of_their_own_are_offloaded(method, tmp_path):
+    model, inputs = tiny_model("qwen2")
+    factorize(model, LowRankConfig(method=method))
+    with torch.no_grad():
+        expected = model(**inputs()).logits
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu", offload_buffers=True)
+        assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+        assert torch.equal(model(**inputs()).logits, expected)
 
 
 def test_calibrated_load_with_offload(folders, tmp_path):

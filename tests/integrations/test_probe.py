@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_lowrank import (
+    FORMATS,
+    METHODS,
     Calibration,
     CalibrationError,
     LowRankConfig,
@@ -21,7 +23,7 @@ from hf_lowrank.integrations import probe as probe_module
 from hf_lowrank.integrations.planning import gather, informed_plan
 from hf_lowrank.integrations.probe import Keeping, probing
 from hf_lowrank.surgery import match_sites
-from hf_lowrank.testing import tiny_model
+from hf_lowrank.testing import make_weight, tiny_model
 
 
 NAMES = ["llama", "gpt2", "bert", "t5", "mixtral", "gpt_oss", "vit"]
@@ -279,3 +281,13 @@ def test_lems_beats_uniform_on_a_model_with_one_layer_that_matters():
     assert divergence["lems"] < 0.8 * divergence["uniform"]
     ranks = {row.name: row.rank for row in summary(changed).rows}
     assert ranks["model.layers.0.mlp.up_proj"] == 8
+
+
+@pytest.mark.parametrize("method", ["sparse_low_rank", "dsformer"])
+def test_products_are_those_of_the_layer_also_with_more_than_two_factors(method):
+    factors = METHODS[method]().factorize(make_weight(24, 32), 6, {})
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = FORMATS[METHODS[method].format].from_factors(factors, dtype=dtype)
+        found = probe_module._product(factors, dtype)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.to(dtype), layer.dense_weight())

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_lowrank import NonFiniteError
-from hf_lowrank.linalg import truncated_svd
+from hf_lowrank.linalg import product_singular_values, truncated_svd
 from hf_lowrank.testing import make_weight
 
 
@@ -14,6 +14,23 @@ def test_eckart_young_error_is_the_tail_energy(shape):
         error = (weight - left @ right).square().sum()
         torch.testing.assert_close(error, energies[rank:].sum(), rtol=1e-8, atol=1e-14)
         torch.testing.assert_close(energies, torch.linalg.svdvals(weight) ** 2, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 20, 26, 40])
+def test_singular_values_of_a_product_are_those_of_its_matrix(rank):
+    left, right = make_weight(20, rank), make_weight(rank, 26, seed=1)
+    values = product_singular_values(left, right)
+    assert len(values) == min(20, rank)
+    expected = torch.linalg.svdvals(left @ right)
+    torch.testing.assert_close(values, expected[: len(values)], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_singular_values_of_a_broken_factor_are_refused(which):
+    factors = [make_weight(20, 3), make_weight(3, 26)]
+    factors[which][1, 1] = float("nan")
+    with pytest.raises(NonFiniteError, match="factor holds 1 NaN"):
+        product_singular_values(*factors)
 
 
 def test_error_is_invariant_under_orthogonal_maps():

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from hf_lowrank import LowRankConfig, factorize, summary
+from hf_lowrank import FORMATS, LowRankConfig, factorize, summary
 from hf_lowrank.testing import tiny_model
 
 
@@ -46,3 +47,16 @@ def test_experts_count_all_copies():
     assert report.dense_parameters == dense
     assert {row.shape for row in report.rows} == {"4 x 192 x 64", "4 x 64 x 96"}
     assert torch.isfinite(model(input_ids=torch.arange(3, 9)[None]).logits).all()
+
+
+@pytest.mark.parametrize("format", FORMATS.names())
+def test_dense_bytes_are_of_the_dtype_of_the_weights(format):
+    model, _ = tiny_model("llama")
+    model.to(torch.bfloat16)
+    size = 2 * sum(p.numel() for p in model.parameters())
+    factorize(model, LowRankConfig(method="svd", param_ratio=0.5, format=format))
+    report = summary(model)
+    assert report.dense_bytes == size
+    for row in report.rows:
+        assert row.dense_bytes == 2 * row.dense_parameters
+        assert row.rank < row.break_even

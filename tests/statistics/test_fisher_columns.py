@@ -1,4 +1,4 @@
-"""Column sums of the Fisher information, against squared weight gradients of one sample at a time."""
+"""Column and row sums of the Fisher information, against squared weight gradients of one sample at a time."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from hf_lowrank.testing import tiny_model
 NAME = "fisher_columns"
 
 
-def by_sample(model, losses):
+def by_sample(model, losses, axes=(0, 1)):
     """Independent of the library: autograd for the weights, one sample's loss at a time; columns are inputs."""
     sites = match_sites(model)
     weights = [model.get_parameter(site.weight_name) for site in sites]
@@ -25,7 +25,7 @@ def by_sample(model, losses):
         for i, (site, gradient) in enumerate(zip(sites, gradients, strict=True)):
             if gradient is not None:
                 oriented = site.kind.oriented(model, site, gradient).double()
-                sums[i] = sums[i] + oriented.square().sum((0, 1))
+                sums[i] = sums[i] + oriented.square().sum(axes)
     return {site.name: found for site, found in zip(sites, sums, strict=True)}
 
 
@@ -164,3 +164,13 @@ def test_losses_of_two_kinds_are_not_mixed():
     model, inputs = tiny_model("llama")
     with pytest.raises(StatisticsError, match="different losses"):
         collect(model, match_sites(model), [NAME, "gradient_gram"], [inputs()])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "mixtral"])
+def test_rows_are_the_sums_over_the_other_axis(name):
+    model, batch, loss = labelled(name)
+    expected = by_sample(model, [lambda: loss(0), lambda: loss(1)], axes=(0, 2))
+    found = collect(model, match_sites(model), ["fisher_rows"], [batch])
+    for site, rows in expected.items():
+        found_rows = found.get(site, ["fisher_rows"])["fisher_rows"]
+        torch.testing.assert_close(found_rows, rows, rtol=1e-3, atol=1e-5 * float(rows.max()))

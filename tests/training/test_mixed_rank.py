@@ -1,17 +1,15 @@
 """Mixed-rank fine-tuning with a real Trainer: the schedule, the two passes, and runs that stop and go on."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
-from mixed_rank_worker import STEPS, examples, make
+from callback_worker import examples
+from mixed_rank_worker import STEPS, make
+from processes import run_script
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from hf_lowrank import ConfigError, MixedRankCallback, MixedRankConfig, MixedRankTrainer, TargetError
@@ -43,16 +41,7 @@ def assert_same(one, other):
 
 def run(folder, kill=-1, resume="no", consistency=1.0, accumulate=1, processes=1):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable]
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    command += [str(WORKER), str(folder), str(kill), resume, str(consistency), str(accumulate)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    return run_script(WORKER, folder, kill, resume, consistency, accumulate, processes=processes)
 
 
 @pytest.mark.parametrize(

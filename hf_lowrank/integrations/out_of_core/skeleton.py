@@ -1,5 +1,6 @@
 """The model without values between two checkpoints: what is made of what, and saved as what."""
 
+import copy
 import logging
 import re
 from dataclasses import dataclass, field
@@ -59,7 +60,8 @@ class Skeleton:
         self.source = source
         self.model = source.rehearse(config).model
         dense = set(self.model.state_dict())
-        self.quantizer = LowRankQuantizer(config, pre_quantized=False)
+        # A copy: the quantizer writes into its configuration what the checkpoint will say.
+        self.quantizer = LowRankQuantizer(copy.deepcopy(config), pre_quantized=False)
         self.quantizer.build_placeholders(self.model, source.files)
         if work is not None:
             self.quantizer.check_statistics()

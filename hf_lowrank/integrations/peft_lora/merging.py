@@ -148,9 +148,8 @@ def make_mergeable(module, lenders):
 def _dense(layer):
     """An ordinary linear layer of the same weight and bias, in float32 or wider."""
     dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-    left, right = layer.factors()
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight = nn.Parameter((left @ right).to(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(layer.exact_weight().to(dtype), requires_grad=False)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True), requires_grad=False)
     return linear

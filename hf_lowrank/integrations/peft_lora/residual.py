@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from ...checks import is_integer
 from ...errors import CheckpointError, ConfigError, LowRankError, TargetError
-from ...formats import FormatLinear, plain
+from ...formats import FormatLinear, is_packed, plain
 from ...linalg import balanced
 from ...methods import METHODS
 from ...surgery import all_sites, factorized, matches
@@ -52,11 +53,16 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         as quantized weights.
     """
     peft = require_peft("residual_adapter")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_integer(rank, 1):
         raise ConfigError(f"`rank`={rank!r} of residual_adapter must be an integer of at least 1.")
     method = METHODS.build(method or ("svd" if statistics is None else "whitened_svd"))
     if method.shifts:
         raise ConfigError(f"`method`={method.name!r} shifts biases, which a LoRA has no place for; choose another.")
+    if method.only_format:
+        raise ConfigError(
+            f"`method`={method.name!r} makes what only layers of format {method.format!r} hold, and a LoRA holds two "
+            "dense factors; choose another, such as 'svd'."
+        )
     if method.statistics and statistics is None:
         raise ConfigError(
             f"`method`={method.name!r} needs `statistics`: hf_lowrank.collect_statistics(dense, ..., "
@@ -99,9 +105,7 @@ def _targets(model, wanted):
     """`{name: layer}` of what is to be corrected."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FormatLinear)}
     if wanted is None and not layers:
-        layers = {
-            name: module for name, module in _linears(model).items() if plain(module.weight) is not module.weight
-        }
+        layers = {name: module for name, module in _linears(model).items() if is_packed(module.weight)}
     if wanted is not None:
         layers = {**_linears(model), **layers}
         layers = {name: layer for name, layer in layers.items() if matches(wanted, name.replace(".base_layer", ""))}
@@ -126,10 +130,9 @@ def _linears(model):
 def _update(name, layer, weights, method, rank, statistics):
     """`(B, A)` for one layer, float64, of equal scale."""
     if isinstance(layer, FormatLinear):
-        left, right = layer.factors()
-        applied = left @ right
+        applied = layer.exact_weight()
     else:
-        applied = plain(layer.weight).detach().double()
+        applied = plain(layer).detach().double()
     dense = weights.read(name.replace(".base_layer", ""), getattr(layer, "transposed", False)).to(applied.device)
     if dense.shape != applied.shape:
         raise CheckpointError(

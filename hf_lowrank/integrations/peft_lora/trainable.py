@@ -43,7 +43,7 @@ def train_only(model, part="singular_values", adapter_name="default"):
 
     Reference:
         Basel (2405.15877, TMLR 2025) and, from memory, SVFT tune singular values. Differs: both start from the SVD of
-        the dense weight, and Basel prunes and adds bases on the way.
+        the dense weight, and Basel prunes and adds bases on the way, as [`BasisSelectionCallback`] does.
     """
     if part not in PARTS:
         raise ConfigError(f"`part`={part!r} of train_only is not one of {list(PARTS)}.")

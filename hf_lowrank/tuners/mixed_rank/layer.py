@@ -5,11 +5,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ...draws import TwoBranches, refuse_sharded
+from ...draws import TwoBranches
 from ...errors import CheckpointError, ConfigError, RankError, TargetError
 from ...formats import FormatLinear, LowRankLinear, as_parameter
 from ...linalg import require_finite
 from ...methods import Factors
+from ...sharding import refuse_sharded
 from .._layer import linear_shape
 from .._merge import check_mergeable, exchange_weight, first_weight, unmerge_from
 

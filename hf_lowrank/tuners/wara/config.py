@@ -2,9 +2,10 @@ import warnings
 from dataclasses import dataclass, field
 from itertools import product
 
+from ...checks import is_number
 from ...errors import ConfigError
 from ...linalg import band_names, wavelet_filters
-from .._config import TunerConfig, check_rank_option, is_number
+from .._config import TunerConfig, check_rank_option
 
 
 @dataclass

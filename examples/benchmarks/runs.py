@@ -1,0 +1,47 @@
+"""Result files that are filled run by run, and what runs under the same seeds say of each other."""
+
+import json
+import math
+import os
+import statistics
+
+from scipy import stats
+
+
+def opened(path, facts, **more):
+    """The results in `path`, or `{**facts, **more, "runs": {}}`; refuses results of other `facts`."""
+    found = json.loads(path.read_text()) if path.exists() else {**facts, **more, "runs": {}}
+    other = {key: found.get(key) for key, value in facts.items() if found.get(key) != value}
+    if other:
+        raise SystemExit(f"{path} was measured otherwise ({other}); remove it to measure again.")
+    return found
+
+
+def write(path, found):
+    """Replace a result file in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(found, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def compared(runs, baseline):
+    """`(mean difference, half width of its 95 % interval)` over the seeds both have; `None` with fewer than two."""
+    both = sorted(runs.keys() & baseline.keys())
+    if len(both) < 2:
+        return None
+    differences = [runs[seed]["score"] - baseline[seed]["score"] for seed in both]
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * spread
+
+
+def cells(runs, baseline):
+    """`(seeds, mean, deviation, difference from the baseline)` as a table shows them."""
+    scores = [run["score"] for run in runs.values()]
+    deviation = f"{statistics.stdev(scores):.3g}" if len(scores) > 1 else ""
+    difference = None if runs is baseline else compared(runs, baseline)
+    said = ""
+    if difference is not None:
+        mean, half = difference
+        said = f"{mean:+.3g} ± {half:.2g}" + (" (no difference shown)" if abs(mean) <= half else "")
+    return str(len(scores)), f"{statistics.mean(scores):.4g}", deviation, said
