@@ -34,6 +34,10 @@ def refuse(source, tmp_path, error, match, config=None, **options):
         ({"refine": "blocks"}, "`refine`='blocks' runs the whole dense and the compressed model"),
         ({"method": "anchored_svd"}, "`method`='anchored_svd' runs the whole dense"),
         ({"allocation": "lems"}, "`allocation`='lems' runs the whole dense.*load it with from_pretrained"),
+        (
+            {"method": "svd", "inner": object()},
+            "`inner` quantizes the factors, which takes a loaded model; leave it out",
+        ),
         ({"allocation": {"name": "knapsack", "cost": "latency"}}, "measure once with hf_lowrank.measure_latencies"),
     ],
 )
