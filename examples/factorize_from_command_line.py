@@ -70,7 +70,6 @@ def main():
             measured = lowrank("evaluate", out, "--perplexity", text, *windows)
             rows.append((ratio, made["line"], measured["perplexity"]["english"]["perplexity"]))
         dense = lowrank("evaluate", model, "--perplexity", text, *windows)["perplexity"]["english"]["perplexity"]
-        lowrank("to-dense", out, folder / "dense-again")
         if arguments.push:
             print(lowrank("push", out, arguments.push)["url"])
 

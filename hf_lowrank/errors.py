@@ -42,7 +42,7 @@ class ComputedWeightError(LowRankError, RuntimeError):
 
 
 class ResourceError(LowRankError, RuntimeError):
-    """Memory or disk space is too small for what was asked; raised before work starts."""
+    """Memory or disk space is too small for what was asked; where that can be foreseen, raised before work starts."""
 
 
 class NonFiniteError(LowRankError, ArithmeticError):

@@ -108,17 +108,10 @@ def test_factorize_from_command_line(tmp_path):
     folder = tmp_path / "results"
     done = run(sys.executable, "examples/factorize_from_command_line.py", "--smoke", "--folder", str(folder))
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"^\$ optimum-cli lowrank ([\w-]+)", done.stdout, re.M) == [
-        "list", "inspect", "calibrate", "factorize", "evaluate", "factorize", "evaluate", "evaluate", "to-dense",
-    ]  # fmt: skip
-    kept = {name: int(n) for name, n in re.findall(r"^(0\.\d) .* (\d+) factorized layers", done.stdout, re.M)}
-    assert kept.keys() == {"0.9", "0.8"} and all(kept.values())
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
-        "dense",
-        "kept-0.9",
-        "kept-0.8",
-        "dense-again",
-    }
+    commands = re.findall(r"^\$ optimum-cli lowrank ([\w-]+)", done.stdout, re.M)
+    assert commands == ["inspect", "calibrate", "factorize", "evaluate", "evaluate"]
+    assert re.search(r"^dense +\d+\.\d\d\n0\.8 +\d+\.\d\d  [1-9]\d* factorized layers", done.stdout, re.M)
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"dense", "kept-0.8"}
 
 
 def test_commands_in_the_readmes_name_files_that_exist():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..evaluation import evaluate
-from ..integrations.loading import load_causal
+from ..integrations.out_of_core import load_model
 from .options import add_parameters, documentation, given
 
 
@@ -31,7 +31,8 @@ def add_arguments(parser):
 
 def run(arguments):
     """Run the command; returns the [`Evaluation`]."""
-    model = load_causal(arguments.model, arguments.dtype)
+    dtype = {} if arguments.dtype is None else {"dtype": arguments.dtype}
+    model = load_model(arguments.model, **dtype)
     result = evaluate(
         model,
         perplexity=_texts(arguments.perplexity),

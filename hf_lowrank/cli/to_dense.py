@@ -7,7 +7,7 @@ import tempfile
 from ..errors import ConfigError
 from ..files import enough_space
 from ..integrations import to_dense
-from ..integrations.out_of_core import files_beside, is_factorized, local_folder, model_class, read_checkpoint
+from ..integrations.out_of_core import files_beside, is_factorized, load_model, local_folder, read_checkpoint
 
 
 def add_arguments(parser):
@@ -23,7 +23,7 @@ def run(arguments):
         raise ConfigError(f"{arguments.model} is not factorized.")
     if os.path.exists(out):
         raise ConfigError(f"OUT is {arguments.out!r}, which is there already; name another folder, or remove it.")
-    model = to_dense(model_class(folder).from_pretrained(folder))
+    model = to_dense(load_model(folder))
     os.makedirs(os.path.dirname(out), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(out), prefix=".to-dense-") as temporary, enough_space(out):
         made = os.path.join(temporary, "made")

@@ -182,9 +182,8 @@ def test_to_dense_loads_without_the_package(small, dense, tmp_path):
     expected = logits(to_dense(AutoModelForCausalLM.from_pretrained(target)))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), expected)
     assert (tmp_path / "dense" / "tokenizer.json").exists()
-    load = (
-        f"from transformers import *; AutoModelForCausalLM.from_pretrained({str(tmp_path / 'dense')!r}); print('fine')"
-    )
+    folder = str(tmp_path / "dense")
+    load = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({folder!r}); print('fine')"
     assert run_without(("hf_lowrank", "_hf_lowrank_autoload"), load).stdout.strip() == "fine"
     fails(command("to-dense", target, tmp_path / "dense"), 1, "OUT is", "is there already")
     fails(command("to-dense", dense, tmp_path / "x"), 1, "is not factorized")

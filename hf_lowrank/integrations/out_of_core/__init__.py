@@ -3,7 +3,7 @@
 from .calibration import calibrate_checkpoint
 from .finished import FactorizedCheckpoint, is_factorized, read_checkpoint, verify_checkpoint
 from .recipe_file import RUN, config_from, read_recipe
-from .source import files_beside, local_folder, model_class
+from .source import files_beside, load_model, local_folder
 from .verb import factorize_checkpoint
 
 
@@ -15,8 +15,8 @@ __all__ = [
     "factorize_checkpoint",
     "files_beside",
     "is_factorized",
+    "load_model",
     "local_folder",
-    "model_class",
     "read_checkpoint",
     "read_recipe",
     "verify_checkpoint",

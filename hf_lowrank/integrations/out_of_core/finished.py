@@ -9,7 +9,7 @@ from ...errors import CheckpointError
 from ...files import sha256_of, write_json
 from ...reporting import Summary, summary
 from ..config import QUANT_METHOD
-from .source import files_beside, model_class
+from .source import files_beside, load_model
 
 
 RECORD = "factorization.json"
@@ -130,11 +130,7 @@ def read_checkpoint(folder):
     Raises:
         CheckpointError: it is incomplete.
     """
-    cls = model_class(folder)
-    try:
-        model = cls.from_pretrained(folder, device_map="meta")
-    except OSError as error:
-        raise CheckpointError(f"{folder} holds no checkpoint that can be read: {error}") from error
+    model = load_model(folder, device_map="meta")
     config = getattr(model.config, "quantization_config", None)
     return FactorizedCheckpoint(
         folder, summary(model), getattr(config, "recipe", None) or {}, read_record(folder) or {}

@@ -105,9 +105,10 @@ class Skeleton:
         missing = (dense - made) | doubled
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         if missing:
+            where = self.source.files[0] if len(self.source.files) == 1 else self.source.name
             raise CheckpointError(
-                f"The checkpoint does not hold {min(missing)} ({len(missing)} weights are missing), which loading "
-                f"would fill with random numbers. Download or save it again; if it is meant to be so, {INSTEAD}."
+                f"{where} does not hold {min(missing)} ({len(missing)} weights are missing), which loading would fill "
+                f"with random numbers. Download or save it again; if it is meant to be so, {INSTEAD}."
             )
         return doubled
 

@@ -169,14 +169,22 @@ def read_config(name, **hub):
         raise CheckpointError(f"There is no model that can be read at {name!r}: {error}") from error
 
 
-def model_class(folder):
-    """The class of transformers that the config of a folder names.
+def load_model(name, **options):
+    """The model in a folder or repository, dense or factorized, of the class that its config names.
+
+    Args:
+        name (`str`): a folder or a repository.
+        options (*optional*): as of `from_pretrained`.
 
     Raises:
-        CheckpointError: no config.
-        ConfigError: no class, or code that comes with the checkpoint.
+        CheckpointError: nothing that can be read.
+        ConfigError: its class is not one of transformers.
     """
-    return _class(read_config(folder), folder)
+    cls = _class(read_config(name), name)
+    try:
+        return cls.from_pretrained(name, **options)
+    except OSError as error:
+        raise CheckpointError(f"{name} holds no checkpoint that can be read: {error}") from error
 
 
 def _class(config, name):

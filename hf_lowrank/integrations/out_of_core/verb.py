@@ -117,6 +117,8 @@ def _refuse_whole_models(config):
                 f"`{argument}`={value.name!r} runs the whole dense and the compressed model, which are not in memory "
                 f"here; choose another, or {INSTEAD}."
             )
+    if config.inner is not None:
+        raise ConfigError(f"`inner` quantizes the factors, which takes a loaded model; leave it out, or {INSTEAD}.")
     if config.needs_latencies and config.allocation.latencies is None:
         raise ConfigError(
             "`allocation` with cost='latency' would measure other latencies when the call is repeated; measure once "

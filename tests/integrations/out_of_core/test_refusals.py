@@ -34,6 +34,10 @@ def refuse(source, tmp_path, error, match, config=None, **options):
         ({"refine": "blocks"}, "`refine`='blocks' runs the whole dense and the compressed model"),
         ({"method": "anchored_svd"}, "`method`='anchored_svd' runs the whole dense"),
         ({"allocation": "lems"}, "`allocation`='lems' runs the whole dense.*load it with from_pretrained"),
+        (
+            {"method": "svd", "inner": object()},
+            "`inner` quantizes the factors, which takes a loaded model; leave it out",
+        ),
         ({"allocation": {"name": "knapsack", "cost": "latency"}}, "measure once with hf_lowrank.measure_latencies"),
     ],
 )
@@ -109,7 +113,7 @@ def test_weights_that_loading_would_make_up(tmp_path):
     state = load_file(tmp_path / "dense" / "model.safetensors")
     del state["cls.predictions.transform.dense.weight"]
     save_file(state, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
-    match = r"does not hold cls.predictions.transform.dense.weight \(1 weights.*random numbers.*lowrank_config"
+    match = r"model.safetensors does not hold cls.predictions.transform.dense.weight \(1 weights.*lowrank_config"
     refuse(tmp_path / "dense", tmp_path, hf_lowrank.CheckpointError, match)
 
 
