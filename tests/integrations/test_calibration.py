@@ -79,6 +79,10 @@ def test_every_method_from_texts_to_a_reloaded_checkpoint(llama, tmp_path, name)
         with pytest.raises(hf_lowrank.ConfigError, match=f"`method`='{name}' starts from scratch"):
             AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)
         return
+    if not all(hf_lowrank.STATISTICS[statistic].collected for statistic in method.statistics):
+        with pytest.raises(hf_lowrank.CalibrationError, match=f"`method`='{name}'.* which no pass over data collects"):
+            AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)
+        return
     model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)
     recipe = model.config.quantization_config.to_dict()["recipe"]
     assert recipe["method"] == name
