@@ -101,7 +101,7 @@ def draw(found, path):
         untouched = values(f"{NONE} 1", measure)
         axes.axhline(sum(untouched) / len(untouched), color="black", linestyle=":", label="not pruned")
         axes.set_xticks(range(len(keeps)), [f"{keep:.0%} kept" for keep in keeps])
-        axes.set_ylim(0, 1.05)
+        axes.set_ylim(0, 1.05 if measure.endswith("rank") else None)
         axes.set_title(title, fontsize=9)
     figure.axes[0].set_ylabel("share")
     figure.axes[-1].legend(fontsize=8)
