@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hub import Hub
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -362,9 +364,23 @@ def test_training_methods_end_at_one_size():
     done = run(sys.executable, "examples/benchmarks/training.py", "--smoke", *sizes)
     assert done.returncode == 0, done.stderr
     rows = {cells[2]: cells for line in done.stdout.splitlines() if len(cells := line.split(" | ")) == 8}
-    assert {"dense", "svd", "fwsvd", "lpaf", "trp"} <= set(rows)
+    assert {"dense", "svd", "fwsvd", "lpaf", "trp", "maestro"} <= set(rows)
     # Rank 8 of 64 x 64, 9 of 96 x 64, twice: floor(0.25 mn / (m + n)).
     assert {rows[name][4] for name in ("svd", "fwsvd", "lpaf", "trp")} == {str(2 * (4 * 8 * 128 + 2 * 9 * 160))}
+    assert 0 < int(rows["maestro"][4]) <= 0.25 * 2 * (4 * 64 * 64 + 2 * 96 * 64)
+
+
+def test_recovery_of_a_language_model_is_its_perplexity_on_eight_windows():
+    from hf_lowrank import evaluation
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    held_out = SimpleNamespace(validation=torch.randint(96, (9 * 512,), generator=torch.Generator().manual_seed(0)))
+    found = adapters.Language.score(held_out, model)
+    assert found == evaluation.perplexity(model, held_out.validation[: 8 * 512], 512).perplexity
 
 
 def test_results_are_filled_run_by_run(tmp_path):

@@ -132,7 +132,7 @@ class Language:
 
     def score(self, model):
         """Perplexity of 8 windows of held-out paragraphs."""
-        return evaluation.perplexity(model.eval(), self.validation, window=512, windows=8).perplexity
+        return evaluation.perplexity(model.eval(), self.validation, window=512, max_windows=8).perplexity
 
 
 def one_run(task, folder, ratio, name, seed, steps, scratch):

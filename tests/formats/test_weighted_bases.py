@@ -27,7 +27,7 @@ def test_added_bases_are_zero_to_begin_with():
     before = layer(x)
     layer.add_bases(200, torch.Generator().manual_seed(0))
     assert torch.equal(layer(x), before)
-    assert abs(float(layer.added_right.weight.var()) * 200 - 1) < 0.1
+    assert abs(float(layer.added_right.weight.detach().var()) * 200 - 1) < 0.1
     assert layer.spec() == {"format": "weighted_bases", "rank": 4, "extra_rank": 200}
     stored = sum(tensor.numel() for name, tensor in layer.state_dict().items() if name != "left.bias")
     assert stored == WeightedBasesLinear.cost(12, 8, 4, extra_rank=200)
