@@ -1,5 +1,6 @@
 """Run by tests of callbacks: trains a tiny model with one of them, in one process or under torchrun."""
 
+import gc
 import json
 import os
 import signal
@@ -44,6 +45,20 @@ def make(folder, *callbacks, model=None, **options):
     return Trainer(model, arguments, callbacks=list(callbacks), **data)
 
 
+def leave(*trainers):
+    """Ends the process group, if there is one, after all that holds on to it.
+
+    Whoever lets the group go last joins gloo's threads. DistributedDataParallel's reducer would do so with the GIL
+    held, and a thread that still owns a tensor of the last gather waits for the GIL: neither ends.
+    """
+    for trainer in trainers:
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def main(folder, name, options, kill=-1, resume=False, **arguments):
     callback = getattr(training, name)(**options)
     trainer = make(folder, callback, Kill(kill), save_strategy="steps", save_steps=1, **arguments)
@@ -51,8 +66,7 @@ def main(folder, name, options, kill=-1, resume=False, **arguments):
     rank = os.environ.get("RANK", "0")
     assert trainer.args.world_size == int(os.environ.get("WORLD_SIZE", "1"))
     torch.save(trainer.model.state_dict(), f"{folder}/state_{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 
 import peft
 import torch
-from callback_worker import DEFAULTS, Kill, examples
+from callback_worker import DEFAULTS, Kill, examples, leave
 from transformers import TrainingArguments
 
 from hf_lowrank import MixedRankCallback, MixedRankConfig, MixedRankTrainer
@@ -36,8 +36,7 @@ def main(folder, kill, resume, consistency, accumulate):
     rank = os.environ.get("RANK", "0")
     assert trainer.args.world_size == int(os.environ.get("WORLD_SIZE", "1"))
     torch.save(trainer.model.state_dict(), f"{folder}/state_{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(trainer)
 
 
 if __name__ == "__main__":

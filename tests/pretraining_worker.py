@@ -4,7 +4,7 @@ import os
 import sys
 
 import torch
-from callback_worker import Kill, make
+from callback_worker import Kill, leave, make
 from transformers import AutoModelForCausalLM
 
 from hf_lowrank import LowRankConfig, factorize
@@ -27,8 +27,7 @@ def main(folder, kill, resume):
     rank = os.environ.get("RANK", "0")
     assert trainer.args.world_size == int(os.environ.get("WORLD_SIZE", "1"))
     torch.save(trainer.model.state_dict(), f"{folder}/state_{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import signal
 import sys
 
 import torch
-from callback_worker import DEFAULTS, Kill, examples
+from callback_worker import DEFAULTS, Kill, examples, leave
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_lowrank import LowRankConfig, factorize
@@ -67,13 +67,14 @@ SETUPS = ("maestro", "full_pass", "basis", "freezing")
 
 
 def train(setup, folder, resume=False, kill=-1, **options):
-    """One run; leaves the last state and the notes in `folder`."""
+    """The trainer after one run, whose last state and notes are in `folder`."""
     note = Note()
     trainer = make(setup, folder, [note, Kill(kill)], **options)
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.args.world_size == int(os.environ.get("WORLD_SIZE", "1"))
     found = {"state": trainer.model.state_dict(), "steps": note.steps}
     torch.save(found, f"{folder}/end_{os.environ.get('RANK', '0')}.pt")
+    return trainer
 
 
 def forked(*args, **kwargs):
@@ -91,17 +92,15 @@ def forked(*args, **kwargs):
 
 
 def main(folder, both=None):
+    if both:
+        leave(*(train(setup, f"{folder}/{setup}") for setup in SETUPS))
+        return
     for setup in SETUPS:
-        if both:
-            train(setup, f"{folder}/{setup}")
-            continue
         often = {"save_strategy": "steps", "save_steps": 4, "gradient_accumulation_steps": 2}
         assert forked(setup, f"{folder}/{setup}/whole", **often) == 0
         assert forked(setup, f"{folder}/{setup}/killed", kill=5, **often) == -signal.SIGKILL
         assert not os.path.exists(f"{folder}/{setup}/killed/end_0.pt")
         assert forked(setup, f"{folder}/{setup}/killed", resume=True, **often) == 0
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
