@@ -117,7 +117,7 @@ def check_calibration(calibration, model):
         raise CalibrationError(f"`calibration`={data!r} is neither a name, nor a list, nor a dataloader.")
 
 
-def make_batches(calibration, model, tokenizer, seed):
+def make_batches(calibration, model, tokenizer, seed, processes=None):
     """`(batches, provenance)` for one pass.
 
     Args:
@@ -125,7 +125,21 @@ def make_batches(calibration, model, tokenizer, seed):
         model (`PreTrainedModel`): the dense model, for sampling and for sizes.
         tokenizer (`Callable[[], PreTrainedTokenizer]`): called only if text has to be tokenized.
         seed (`int`): of sampling.
+        processes ([`Processes`], *optional*): that share the data out; the batches are then those of this one.
     """
+    if processes is None:
+        return _all_batches(calibration, model, tokenizer, seed)
+    if isinstance(calibration.data, str) and calibration.data == SELF:
+        # Each draws its own part only.
+        batches, provenance = _all_batches(processes.samples(calibration), model, tokenizer, seed + processes.index)
+        provenance = {**provenance, **_sizes(calibration), "seed": seed}
+    else:
+        batches, provenance = _all_batches(calibration, model, tokenizer, seed)
+        batches = processes.share(batches)
+    return batches, {**provenance, "processes": processes.count}
+
+
+def _all_batches(calibration, model, tokenizer, seed):
     data = calibration.data
     if isinstance(data, str) and data == SELF:
         sequences = sample_from(model, calibration, seed)

@@ -89,7 +89,7 @@ def refuse_uncollectable(recipe):
         )
 
 
-def collect_for(model, sites, recipe, calibration, tokenizer, keeping=None):
+def collect_for(model, sites, recipe, calibration, tokenizer, keeping=None, processes=None):
     """The statistics that `recipe` needs at `sites`.
 
     Args:
@@ -99,13 +99,14 @@ def collect_for(model, sites, recipe, calibration, tokenizer, keeping=None):
         calibration ([`Calibration`]): the data.
         tokenizer (`Callable[[], PreTrainedTokenizer]`): called if text has to be read.
         keeping ([`Keeping`], *optional*): what is to keep some of the batches that pass.
+        processes ([`Processes`], *optional*): that share the data out.
     """
     check_calibration(calibration, model)
     for site in sites:
         weight = model.get_parameter(site.weight_name)
         if weight.device.type != "meta":
             require_finite(weight.detach(), f"The weight of {site.name}")
-    batches, provenance = make_batches(calibration, model, tokenizer, recipe.seed)
+    batches, provenance = make_batches(calibration, model, tokenizer, recipe.seed, processes)
     if keeping is not None:
         keeping.batches = batches
         batches = keeping
@@ -116,7 +117,7 @@ def collect_for(model, sites, recipe, calibration, tokenizer, keeping=None):
         "seed": recipe.seed,
     }
     if calibration.folder is None:
-        return collect(*needed, **options)
+        return collect(*needed, **options, processes=processes)
     return collect_sequentially(*needed, calibration.folder, **options)
 
 

@@ -18,6 +18,7 @@ from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
 from .densify import detach, multiply_out
 from .planning import collect_for, gather, informed_plan, refuse_uncollectable
+from .processes import processes_for
 from .progress import Progress
 from .quantizer import LowRankQuantizer, attach
 from .refining import refined
@@ -166,6 +167,7 @@ def collect_statistics(
     target_modules="all-linear",
     exclude_modules=None,
     seed=0,
+    accelerator=None,
 ):
     """Run calibration data through a dense model and return what `method` needs to know.
 
@@ -177,6 +179,9 @@ def collect_statistics(
         target_modules (defaults to `"all-linear"`): as in [`LowRankConfig`].
         exclude_modules (*optional*): as in [`LowRankConfig`].
         seed (`int`, defaults to 0): of everything random.
+        accelerator (`accelerate.Accelerator`, *optional*): share the work out among the processes that
+            `accelerate launch` has started, each with the whole model and given the same arguments. Each runs, or
+            samples, its own part of the data, and all return the statistics of all of it.
 
     Returns:
         [`Statistics`]; `.save("statistics.safetensors")` keeps it, and `calibration="statistics.safetensors"` uses it.
@@ -185,8 +190,11 @@ def collect_statistics(
     if not recipe.needs_statistics:
         raise CalibrationError(f"`method`={recipe.method.name!r} needs no statistics.")
     refuse_uncollectable(recipe)
+    calibration = as_calibration(calibration)
+    processes, model = processes_for(accelerator, model, calibration)
     sites = match_sites(model, target_modules, exclude_modules)
-    return collect_for(model, sites, recipe, as_calibration(calibration), _tokenizer_for(model, tokenizer))
+    tokenizer = _tokenizer_for(model, tokenizer)
+    return collect_for(model, sites, recipe, calibration, tokenizer, processes=processes)
 
 
 def to_dense(model):

@@ -37,7 +37,7 @@ class Collector:
         self.of_labels = self._of_labels()
         self.accumulators = {}
         self.leaders = {}
-        self.tokens = 0
+        self.batches = self.tokens = 0
         self.masks = Masks(model)
         self._seen = {kind for name in names for kind in STATISTICS[name].sees}
         self._pairs = any(INPUTS in STATISTICS[name].sees for name in self.of_gradients)
@@ -74,6 +74,7 @@ class Collector:
 
     def start_batch(self, batch):
         """Take over the masks of a batch."""
+        self.batches += 1
         self._samples = self.masks.start_batch(batch)
         self.tokens += self.masks.count(batch)
 
@@ -84,6 +85,21 @@ class Collector:
         self._due = {}
         self._before += self._samples
         self._readers = WeakIdKeyDictionary()
+
+    def combine(self, processes):
+        """Account for what other processes have seen; arguments as of `collect`."""
+        seen = {"batches": self.batches, "tokens": self.tokens}
+        found = processes.gather((seen, self.leaders, self._calls, sorted(self.accumulators)))
+        self.batches, self.tokens = (sum(seen[key] for seen, *_ in found) for key in seen)
+        self._calls = {}
+        for _, leaders, calls, _ in found:
+            for name, leader in leaders.items():
+                # The same everywhere, since every process sees the same error or none.
+                if self.leaders.setdefault(name, leader) != leader:
+                    raise StatisticsError(self._unsteady(name))
+                self._calls[name] = self._calls.get(name, 0) + calls[name]
+        for owner, name in sorted({key for *_, keys in found for key in keys}):
+            self._accumulator(owner, name).combine(processes.add)
 
     def result(self, provenance):
         """The finished [`Statistics`]; accumulators are released as it goes."""
@@ -122,9 +138,17 @@ class Collector:
                     silent[0],
                 )
             for owner in silent:
-                site = self.sites[owner]
-                features = site.in_features if STATISTICS[name].sees[0] == INPUTS else site.out_features
-                self.accumulators[owner, name] = STATISTICS[name](features, torch.device("cpu"))
+                self._accumulator(owner, name)
+
+    def _accumulator(self, owner, name):
+        """The one that is there, or one that has seen nothing."""
+        if (owner, name) not in self.accumulators:
+            site = self.sites[owner]
+            features = site.in_features if STATISTICS[name].sees[0] == INPUTS else site.out_features
+            device = self.model.get_parameter(site.weight_name).device
+            device = torch.device("cpu") if device.type == "meta" else device
+            self.accumulators[owner, name] = STATISTICS[name](features, device)
+        return self.accumulators[owner, name]
 
     def _observe(self, name, inputs, outputs, routed=None):
         # A linear keeps the order of its rows: what holds for its inputs holds for the gradients at its outputs.

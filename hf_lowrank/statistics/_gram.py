@@ -27,6 +27,10 @@ class Gram:
                 strip = slice(start, start + COLUMNS)
                 self._sum[strip, start:] += block[:, strip].T @ block[:, start:]
 
+    def combine(self, add):
+        """Make it the sum over all processes; `add` is as in [`Statistic.combine`]."""
+        self._sum = add(self._sum)
+
     def result(self):
         """The whole symmetric matrix; takes over the accumulator, which is done with."""
         full = self._sum

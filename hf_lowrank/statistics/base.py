@@ -68,6 +68,14 @@ class Statistic:
         """
         raise NotImplementedError
 
+    def combine(self, add):
+        """Account for what other processes have seen too.
+
+        Args:
+            add (`Callable`): gives the sum over all processes of a tensor; each calls it as often, in one order.
+        """
+        raise NotImplementedError
+
     def result(self):
         """The finished tensor, float64."""
         raise NotImplementedError

@@ -76,7 +76,7 @@ def run_backward(collector, output, batch, generator):
         fisher_backward(output, collector.masks.labelled(), generator)
 
 
-def collect(model, sites, names, batches, provenance=None, progress=None, seed=0):
+def collect(model, sites, names, batches, provenance=None, progress=None, seed=0, processes=None):
     """Run `model` over `batches` and return statistics at `sites`.
 
     Args:
@@ -87,6 +87,8 @@ def collect(model, sites, names, batches, provenance=None, progress=None, seed=0
         provenance (`dict`, *optional*): what to record about the data.
         progress (`Callable`, *optional*): wraps the iterable, as tqdm does.
         seed (`int`, defaults to 0): of the labels that are drawn from the model.
+        processes (*optional*): others that collect from batches of their own, as a [`Processes`] has them; what
+            comes back is of all batches, the same in each.
 
     Returns:
         [`Statistics`]
@@ -99,8 +101,7 @@ def collect(model, sites, names, batches, provenance=None, progress=None, seed=0
     """
     collector = Collector(model, sites, names)
     backward = bool(collector.of_gradients)
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
-    count = 0
+    generator = torch.Generator(device_of(model)).manual_seed(seed + (processes.index if processes else 0))
     with prepared(model, backward), collector.watching():
         for batch in progress(batches) if progress else batches:
             batch = call_arguments(model, batch, all_positions=backward)
@@ -109,7 +110,8 @@ def collect(model, sites, names, batches, provenance=None, progress=None, seed=0
             if backward:
                 run_backward(collector, output, batch, generator)
             collector.end_batch()
-            count += 1
-    if count == 0:
+    if processes:
+        collector.combine(processes)
+    if not collector.batches:
         raise CalibrationError(NO_BATCH)
     return collector.result(provenance or {})

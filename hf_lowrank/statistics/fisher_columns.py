@@ -46,6 +46,9 @@ class FisherColumns(Statistic):
             chosen = (samples == sample) & (copies == copy)
             self._sum += _squared_columns(gradients[chosen].double(), inputs[chosen].double())
 
+    def combine(self, add):
+        self._sum = add(self._sum)
+
     def result(self):
         return self._sum
 

@@ -18,7 +18,8 @@ class InputCovariance(Statistic):
     degrees of freedom. The covariance of the outputs is `W Sigma W^T`, so that layers with one input share it.
 
     Products of at most 2048 rows in float32, summed in float64; of differences to the first mean that was seen, since
-    a covariance is what is left when a possibly much larger mean has cancelled.
+    a covariance is what is left when a possibly much larger mean has cancelled. Where several processes collect, each
+    has groups of its own.
 
     Shapes:
         result `(in, in)`, symmetric, float64.
@@ -35,6 +36,7 @@ class InputCovariance(Statistic):
         self._origin = None
         # {group: (tokens, their sum)}
         self._groups = {}
+        self._pooled = None
 
     @staticmethod
     def shape(out_features, in_features):
@@ -53,9 +55,18 @@ class InputCovariance(Statistic):
             tokens, total = self._groups.get(group, (0, 0))
             self._groups[group] = (tokens + len(rows), total + rows.double().sum(0))
 
+    def combine(self, add):
+        # Within groups the origin, which differs between processes, has cancelled.
+        self._pooled = tuple(add(part) for part in self._pool())
+
     def result(self):
+        scatter, freedom = self._pooled or self._pool()
+        return scatter / freedom.clamp(min=1)
+
+    def _pool(self):
+        """Scatter about the means of the groups, and its degrees of freedom; takes over the accumulator."""
         scatter = self._gram.result()
         for tokens, total in self._groups.values():
             scatter -= torch.outer(total, total) / tokens
         freedom = sum(tokens - 1 for tokens, _ in self._groups.values())
-        return scatter / max(freedom, 1)
+        return scatter, torch.tensor(freedom, device=scatter.device)

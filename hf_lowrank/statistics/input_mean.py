@@ -29,5 +29,9 @@ class InputMean(Statistic):
             self._sum += block.double().sum(0)
         self._tokens += len(inputs)
 
+    def combine(self, add):
+        self._sum = add(self._sum)
+        self._tokens = int(add(torch.tensor(self._tokens, device=self._sum.device)))
+
     def result(self):
         return self._sum / max(self._tokens, 1)

@@ -31,6 +31,10 @@ class InputNorm(Statistic):
             self._sums += torch.stack([block.abs().sum(0), block.square().sum(0)])
         self._tokens += len(inputs)
 
+    def combine(self, add):
+        self._sums = add(self._sums)
+        self._tokens = int(add(torch.tensor(self._tokens, device=self._sums.device)))
+
     def result(self):
         means = self._sums / max(self._tokens, 1)
         return torch.stack([means[0], means[1].sqrt()])
