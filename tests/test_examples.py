@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hub import Hub
+from processes import run_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -344,6 +345,48 @@ def test_lpaf(recovery):
     pruned, factorized, again = (float(found) for found in re.findall(r"accuracy (\d\.\d+)", done.stdout))
     assert min(pruned, factorized) > 0.9, "half of the sentences are of either class"
     assert again == factorized
+
+
+def test_classify():
+    done = run(sys.executable, "examples/classify.py", "--smoke", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    tuned, factorized, trained, again = (float(found) for found in re.findall(r"accuracy (\d\.\d+)", done.stdout))
+    assert tuned > 0.9 and trained == again > 0.9
+    assert factorized <= tuned
+    assert "the same: True" in done.stdout
+
+
+def test_vision():
+    if not (quality.DATA / "digits8x8").is_dir():
+        pytest.importorskip("sklearn", reason="the digits are in no folder, and scikit-learn is not installed")
+    done = run(sys.executable, "examples/vision.py", "--smoke", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    accuracy = {name: float(found) for name, found in re.findall(r"^(\w+): accuracy (\d\.\d+)", done.stdout, re.M)}
+    assert accuracy["dense"] > 0.5, "one digit in ten is right by chance"
+    assert accuracy["svd"] <= accuracy["kfac_svd"]
+    assert "loaded again, the same: True" in done.stdout
+
+
+def test_finetune_wara(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    done = run(sys.executable, "examples/finetune_wara.py", "--smoke", "--output", str(tmp_path), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    before, after = re.search(r"held-out perplexity: ([\d.]+) -> ([\d.]+)", done.stdout).groups()
+    assert float(after) < float(before)
+    kinds = dict(re.findall(r"^(adapter|lora|merged): .*differ by at most (\S+)", done.stdout, re.M))
+    assert set(kinds) == {"adapter", "lora", "merged"}
+    assert all(float(difference) < 1e-4 for difference in kinds.values())
+    assert "lora: LORA" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter", "lora", "merged"}
+
+
+def test_distributed_calibration(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "examples")]))
+    script, options = ROOT / "examples/distributed_calibration.py", ["--smoke", "--samples", "5", "--length", "16"]
+    done = run_script(script, tmp_path, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "80 tokens in 2 processes" in done.stdout
+    assert (tmp_path / "factorized" / "model.safetensors").exists()
 
 
 def test_pruning_ranks():
