@@ -1,8 +1,14 @@
 """Files and a README.md into a repository on the Hub: one commit, or none."""
 
+import re
+
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 from .readme import README, merged, readme_at
+
+
+# Weights of an earlier push, by other names than this one's, would be found first by whoever loads the repository.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def upload(files, repo_id, card, prefer_card=False, superseded=None, token=None, revision=None, **options):

@@ -14,13 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 ROOT = Path(__file__).resolve().parents[1]
-REPORT = """
-import hf_lowrank
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = AutoModelForCausalLM.from_pretrained("small"), AutoTokenizer.from_pretrained("small")
-after = hf_lowrank.evaluate(model, tokenizer, perplexity="text.txt")
-hf_lowrank.report(model, quality={"factorized": after}).save("report")
-"""
 PULL = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -94,9 +87,10 @@ def test_from_the_command_line_to_onnx(folder):
         cli = [sys.executable, str(Path(sys.executable).with_name("optimum-cli")), "lowrank"]
         run(*cli, "factorize", "dense", "small", "--param-ratio", "0.7", "--calibration", "text.txt")
         assert json.loads(run(*cli, "inspect", "small", "--json"))["summary"]["rows"]
-        run(sys.executable, "-c", REPORT)
+        run(*cli, "evaluate", "small", "--perplexity", "text.txt", "--output", "after.json")
+        run(*cli, "report", "small", "report", "--dense", "dense", "--quality", "factorized=after.json")
         assert (folder / "report" / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-        run(*cli, "push", "small", "me/small")
+        run(*cli, "push", "small", "me/small", "--evaluation", "after.json")
         text, layer = run(sys.executable, "-c", PULL).strip().splitlines()
         assert text.startswith("The cat sat")
         assert layer == "PivotedLinear"

@@ -69,7 +69,10 @@ def caption(result):
     """One line that says what the columns are."""
     evaluation = result["evaluation"]
     windows = {f"{text['windows']} x {text['window']}" for text in evaluation["perplexity"].values()}
-    parts = [f"{result['base']} in bfloat16, by `{COMMAND}`: perplexity over {' and '.join(sorted(windows))} tokens"]
+    parts = [
+        f"{result['base']} stored in bfloat16 or less, measured in float32, by `{COMMAND}`: perplexity over "
+        f"{' and '.join(sorted(windows))} tokens"
+    ]
     tasks = evaluation["multiple_choice"]
     if tasks:
         metrics = ", ".join(f"{name} {task['metric']}" for name, task in tasks.items())

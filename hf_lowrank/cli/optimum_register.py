@@ -12,7 +12,8 @@ COMMANDS = {
     "inspect": "Show ranks and sizes of the weights in a checkpoint.",
     "evaluate": "Measure a language model: perplexity, multiple choice, size.",
     "to-dense": "Multiply the factors of a checkpoint out.",
-    "push": "Upload a factorized checkpoint to the Hub.",
+    "report": "Write a page about a factorized checkpoint: budget, ranks, spectra, errors, quality.",
+    "push": "Upload a factorized checkpoint to the Hub, with a model card.",
     "list": "List methods, formats, allocators, refinements and statistics.",
 }
 

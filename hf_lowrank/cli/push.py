@@ -1,12 +1,20 @@
 """`optimum-cli lowrank push`."""
 
+from pathlib import Path
+
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 
 from ..errors import CheckpointError, ConfigError
 from ..files import PARTIAL
-from ..integrations.out_of_core import is_factorized, read_checkpoint, verify_checkpoint
+from ..integrations import model_card
+from ..integrations.out_of_core import is_factorized, load_model, read_checkpoint, verify_checkpoint
+from ..upload import WEIGHTS, upload
+from .options import add_parameters, given
 from .terminal import Output
+
+
+OPTIONS = ("evaluation", "dense", "command")
 
 
 def add_arguments(parser):
@@ -16,26 +24,27 @@ def add_arguments(parser):
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="branch to push to")
     parser.add_argument("--message", default="Upload factorized model", help="of the commit (default: %(default)s)")
+    add_parameters(parser, model_card, OPTIONS)
 
 
 def run(arguments):
-    """Run the command: everything in one commit, or nothing."""
+    """Run the command: weights, whatever is beside them, and a model card in one commit, or nothing."""
+    folder = Path(arguments.folder)
     if not is_factorized(arguments.folder):
         raise CheckpointError(f"{arguments.folder} holds no factorized checkpoint; make one with `factorize`.")
     verify_checkpoint(arguments.folder)
     checkpoint = read_checkpoint(arguments.folder)
-    api = HfApi()
+    card = model_card(load_model(arguments.folder, device_map="meta"), arguments.repo, **given(arguments, OPTIONS))
     try:
-        repo = api.create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=arguments.folder,
-            revision=arguments.revision,
-            commit_message=arguments.message,
-            ignore_patterns=[f"*{PARTIAL}", ".*"],
-        )
+        repo = HfApi().create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
     except HFValidationError as error:
         raise ConfigError(f"REPO is {arguments.repo!r}: {error}") from error
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {name: path for name, path in names.items() if not name.startswith(".") and not name.endswith(PARTIAL)}
+    commit = upload(
+        files, repo, card, superseded=WEIGHTS, revision=arguments.revision, commit_message=arguments.message
+    )
     return Output(
         f"{checkpoint.summary.line}\n{commit.commit_url}",
         {"repository": repo, "commit": commit.oid, "url": commit.commit_url, "line": checkpoint.summary.line},

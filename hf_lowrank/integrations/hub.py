@@ -6,7 +6,6 @@ method is wrapped, and `push_to_hub`, for its keywords. `Trainer` writes its REA
 
 import functools
 import math
-import re
 import sys
 from contextvars import ContextVar
 from pathlib import Path
@@ -18,14 +17,12 @@ from transformers.utils import PushToHubMixin
 from ..errors import ConfigError
 from ..readme import README, merged, write
 from ..surgery import factorized
-from ..upload import upload
+from ..upload import WEIGHTS, upload
 from .autoload import PACKAGE, after_import
 from .model_card import has_adapters, model_card
 
 
 TRAINER = "transformers.trainer"
-# Weights of an earlier push, by other names than this one's, would be found first by whoever loads the repository.
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 # What `push_to_hub` was asked for; transformers has no argument that would take it to the upload.
 asked = ContextVar("asked", default=(True, None))
 

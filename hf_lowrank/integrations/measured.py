@@ -8,9 +8,19 @@ from ..errors import ConfigError
 
 
 def as_json(evaluation):
-    """The JSON of an [`Evaluation`], of the file that its `save` writes, or as it is; `None` for `None`."""
+    """The JSON of an [`Evaluation`], of the file that its `save` writes, or as it is; `None` for `None`.
+
+    Raises:
+        ConfigError: a file that is not such a one.
+    """
     if isinstance(evaluation, (str, os.PathLike)):
-        return json.loads(Path(evaluation).read_text(encoding="utf-8"))
+        try:
+            return json.loads(Path(evaluation).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"Cannot read an evaluation from {evaluation}: {error}; give a file that "
+                "`hf_lowrank.evaluate(...).save(path)`, or `evaluate --output`, has written."
+            ) from error
     return evaluation.to_json() if hasattr(evaluation, "to_json") else evaluation
 
 

@@ -207,7 +207,7 @@ def test_from_the_hub_and_back(small, dense, tmp_path):
         made = on_the_hub(hub, tmp_path / "home", "factorize", "me/dense", tmp_path / "made", *SVD)
         assert on_the_hub(hub, tmp_path / "home", "push", tmp_path / "made", "me/small")["repository"] == "me/small"
         commits = [request for request in hub.requests if request.startswith("POST") and "/commit/" in request]
-        pushed = hub.repositories["me/small"]
+        pushed, card = hub.repositories["me/small"], hub.card("me/small")
     found, same = hashes(tmp_path / "made"), hashes(target)
     told = {"config.json", "factorization.json"}
     assert {name: found[name] for name in found if name not in told} == {n: same[n] for n in same if n not in told}
@@ -215,10 +215,45 @@ def test_from_the_hub_and_back(small, dense, tmp_path):
     assert there["quantization_config"]["recipe"].pop("base_model") == "me/dense"
     assert there == here, "whether the model is in a folder or on the Hub"
     assert made["record"]["sources"] == {path.name: sha256_of(path) for path in dense.glob("*.safetensors")}
+    made_on_the_hub = {".gitattributes", "README.md"}
     assert {
-        name: hashlib.sha256(data).hexdigest() for name, data in pushed.items() if name != ".gitattributes"
+        name: hashlib.sha256(data).hexdigest() for name, data in pushed.items() if name not in made_on_the_hub
     } == found
-    assert len(commits) == 1
+    assert len(commits) == 1, "the card comes with the weights"
+    assert card.data.base_model == "me/dense" and {"hf-lowrank", "low-rank"} <= set(card.data.tags)
+    assert "`hf_lowrank.evaluate` would" in card.text, "nothing was measured"
+
+
+def test_what_was_measured_goes_into_the_card_and_onto_the_page(small, dense, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    target, _ = small
+    for name, model in (("before", dense), ("after", target)):
+        done = command("evaluate", model, "--perplexity", dense / "text.txt", "--output", tmp_path / f"{name}.json")
+        assert done.code == 0, done.err
+    quality = [f"dense={tmp_path / 'before.json'}", f"factorized={tmp_path / 'after.json'}"]
+    done = command("report", target, tmp_path / "page", "--dense", dense, "--quality", *quality, "--json")
+    assert done.code == 0, done.err
+    saved = json.loads((tmp_path / "page" / "report.json").read_text())
+    assert json.loads(done.out) == saved
+    assert list(saved["quality"]) == ["dense", "factorized"]
+    assert all(layer["weight_error"] > 0 for layer in saved["layers"] if layer["format"] != "dense")
+    assert (tmp_path / "page" / "report.html").exists()
+    with Hub() as hub:
+        measured = ["--evaluation", tmp_path / "after.json", "--dense", tmp_path / "before.json"]
+        on_the_hub(hub, tmp_path / "home", "push", target, "me/small", *measured, "--command", "optimum-cli lowrank")
+        text = hub.card("me/small").text
+    assert "| text, perplexity over" in text and "`optimum-cli lowrank`" in text
+
+
+def test_no_page_of_what_is_dense_or_was_not_measured(small, dense, tmp_path):
+    target, _ = small
+    fails(command("report", dense, tmp_path / "page"), 1, "is not factorized")
+    fails(
+        command("report", target, tmp_path / "page", "--quality", tmp_path / "no.json"), 1, "Cannot read an evaluation"
+    )
+    (tmp_path / "text.json").write_text("text")
+    fails(command("report", target, tmp_path / "page", "--quality", tmp_path / "text.json"), 1, "ConfigError")
+    assert not (tmp_path / "page").exists()
 
 
 def test_push_refuses_what_is_not_whole(small, dense, tmp_path):

@@ -9,12 +9,12 @@ import yaml
 
 import hf_lowrank
 from hf_lowrank import Calibration, ConfigError, Recipe
-from hf_lowrank.cli import calibrate, evaluate, factorize, inspect, list, push, to_dense
+from hf_lowrank.cli import calibrate, evaluate, factorize, inspect, list, push, report, to_dense
 from hf_lowrank.cli.options import Argument, documentation, value
 from hf_lowrank.cli.recipe import recipe_from
 
 
-COMMANDS = [calibrate, evaluate, factorize, inspect, list, push, to_dense]
+COMMANDS = [calibrate, evaluate, factorize, inspect, list, push, report, to_dense]
 
 
 def parser_of(command):
