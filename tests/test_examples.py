@@ -23,7 +23,7 @@ from benchmarks import adapters, basis_selection, cards, quality, runs, setups, 
 
 def run(*command, **environment):
     path = os.pathsep.join([str(ROOT), str(ROOT / "examples")])
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONPATH": path, **environment}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
 
 
@@ -40,7 +40,7 @@ def test_quickstart():
 
 def test_push_pull_and_continue(tmp_path):
     with Hub() as hub:
-        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        environment = hub.environment(tmp_path / "home")
         done = run(sys.executable, "examples/push_and_pull.py", "me/small", "--smoke", **environment)
         assert done.returncode == 0, done.stderr
         assert "logits of the pulled model equal, bit for bit: True" in done.stdout
@@ -87,7 +87,7 @@ def test_the_code_in_a_card_runs(name, tmp_path):
         hub.folder(cards.BASE["base_model"], tmp_path / "dense")
         hub.folder(f"me/{name}", tmp_path / "small")
         blocks = [f"{block}\nassert hf_lowrank.summary(model).rows" for block in code]
-        environment = {**hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        environment = hub.environment(tmp_path / "home")
         done = run(sys.executable, "-c", "\n".join(blocks), **environment)
     assert done.returncode == 0, done.stderr
 
@@ -348,7 +348,7 @@ def test_lpaf(recovery):
 
 
 def test_classify():
-    done = run(sys.executable, "examples/classify.py", "--smoke", OMP_NUM_THREADS="1")
+    done = run(sys.executable, "examples/classify.py", "--smoke")
     assert done.returncode == 0, done.stderr
     tuned, factorized, trained, again = (float(found) for found in re.findall(r"accuracy (\d\.\d+)", done.stdout))
     assert tuned > 0.9 and trained == again > 0.9
@@ -359,7 +359,7 @@ def test_classify():
 def test_vision():
     if not (quality.DATA / "digits8x8").is_dir():
         pytest.importorskip("sklearn", reason="the digits are in no folder, and scikit-learn is not installed")
-    done = run(sys.executable, "examples/vision.py", "--smoke", OMP_NUM_THREADS="1")
+    done = run(sys.executable, "examples/vision.py", "--smoke")
     assert done.returncode == 0, done.stderr
     accuracy = {name: float(found) for name, found in re.findall(r"^(\w+): accuracy (\d\.\d+)", done.stdout, re.M)}
     assert accuracy["dense"] > 0.5, "one digit in ten is right by chance"
@@ -369,7 +369,7 @@ def test_vision():
 
 def test_finetune_wara(tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
-    done = run(sys.executable, "examples/finetune_wara.py", "--smoke", "--output", str(tmp_path), OMP_NUM_THREADS="1")
+    done = run(sys.executable, "examples/finetune_wara.py", "--smoke", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
     before, after = re.search(r"held-out perplexity: ([\d.]+) -> ([\d.]+)", done.stdout).groups()
     assert float(after) < float(before)
