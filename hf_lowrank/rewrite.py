@@ -7,7 +7,7 @@ from torch import nn
 
 from .errors import ComputedWeightError
 from .formats import FORMATS, exact_factors
-from .linalg import flat_places, require_finite, sparse_matrix
+from .linalg import Terms, flat_places, require_finite, sparse_matrix
 from .methods import Factors
 
 
@@ -149,6 +149,9 @@ def _appended(layer, updates, weight, eps):
         return None
     if (product - weight).norm() <= tolerance:
         return left, right, rest
+    if isinstance(rest, Terms):
+        # Rows of these cannot be scaled one by one.
+        return None
     return scale * left, right, None if rest is None else _scaled(rest, scale[:, 0])
 
 

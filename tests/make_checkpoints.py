@@ -31,6 +31,11 @@ RECIPES = {
     "sparse_low_rank_v1_scaled": {**OPTIONS, "method": {"name": "sltrain", "density": 0.1, "alpha": 3}},
     "dense_sparse_v1": {"method": {"name": "dsformer", "density": 0.5}, "rank": 3},
     "dense_sparse_v1_blocks": {"method": {"name": "dsformer", "density": 0.5, "blocks": 2}, "rank": 2},
+    # Levels that are applied as they stand, and others whose matrix is formed.
+    "multi_resolution_v1": {"method": {"name": "multi_resolution", "shares": [0.4, 0.3, 0.3]}, "rank": 2},
+    "hybrid_rows_v1": {**OPTIONS, "method": "hybrid"},
+    # Free rows first, and no order.
+    "hybrid_rows_v1_scratch": {**OPTIONS, "method": {"name": "hybrid", "lower_rank": 2, "from_scratch": True}},
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }

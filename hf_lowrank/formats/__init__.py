@@ -16,7 +16,9 @@ from .base import (
     register_format,
 )
 from .dense_sparse import DenseSparseLinear
+from .hybrid_rows import HybridRowsLinear
 from .low_rank import LowRankLinear
+from .multi_resolution import MultiResolutionLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
 from .sparse_low_rank import SparseLowRankLinear
@@ -30,8 +32,10 @@ __all__ = [
     "DenseSparseLinear",
     "DenseView",
     "FormatLinear",
+    "HybridRowsLinear",
     "LinearFace",
     "LowRankLinear",
+    "MultiResolutionLinear",
     "PivotedLinear",
     "SharedBasisLinear",
     "SparseLowRankLinear",

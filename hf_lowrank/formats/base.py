@@ -206,7 +206,10 @@ class FormatLinear(nn.Module):
         return exact_factors(self.dense_weight().detach().double(), torch.finfo(self.weight.dtype).eps)
 
     def rest(self):
-        """What the weight has beside the product of its factors: `(out, in)`, sparse, float64; or `None`."""
+        """What the weight has beside the product of its factors, `(out, in)`, float64, or `None`.
+
+        Sparse, or anything else that adds to a matrix like one ([`Terms`]).
+        """
         return None
 
     def exact_weight(self):
