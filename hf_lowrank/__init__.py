@@ -25,6 +25,7 @@ from .errors import (
 from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
 from .formats import (
     FORMATS,
+    DenseLinear,
     DenseSparseLinear,
     FormatLinear,
     HybridRowsLinear,
@@ -46,6 +47,7 @@ from .integrations import (
     factorize,
     factorize_checkpoint,
     model_card,
+    prune_channels,
     residual_adapter,
     share_initializers,
     to_dense,
@@ -75,6 +77,7 @@ __all__ = [
     "CheckpointError",
     "ComputedWeightError",
     "ConfigError",
+    "DenseLinear",
     "DenseSparseLinear",
     "Evaluation",
     "EvaluationError",
@@ -120,6 +123,7 @@ __all__ = [
     "measure_latencies",
     "merge_linear",
     "model_card",
+    "prune_channels",
     "rank_profile",
     "register_allocator",
     "register_format",

@@ -116,4 +116,5 @@ def _in_format(format, layer, factors):
     trainable = any(parameter.requires_grad for parameter in layer.parameters())
     made.requires_grad_(trainable).train(layer.training)
     made.added_bias, made.relative_error = layer.added_bias, None
+    made.replaced_shape = layer.replaced_shape
     return made

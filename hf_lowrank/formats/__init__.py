@@ -15,6 +15,7 @@ from .base import (
     plain,
     register_format,
 )
+from .dense import DenseLinear
 from .dense_sparse import DenseSparseLinear
 from .hybrid_rows import HybridRowsLinear
 from .low_rank import LowRankLinear
@@ -29,6 +30,7 @@ import_submodules(sys.modules[__name__])
 
 __all__ = [
     "FORMATS",
+    "DenseLinear",
     "DenseSparseLinear",
     "DenseView",
     "FormatLinear",

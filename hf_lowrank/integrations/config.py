@@ -17,7 +17,7 @@ from .inner import as_inner, group_size, method_of
 QUANT_METHOD = "lowrank"
 VERSION = 1
 # What the `recipe` of a checkpoint says beside arguments of `LowRankConfig`.
-RECORDED = ("base_model", "versions")
+RECORDED = ("base_model", "channel_pruning", "versions")
 
 
 @register_quantization_config(QUANT_METHOD)
