@@ -4,13 +4,14 @@ from torch import nn
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format
 
 
-@register_format("dense")
+@register_format("dense", listed=False)
 class DenseLinear(FormatLinear):
     r"""An ordinary linear that a checkpoint has to describe, since it is narrower than its architecture says.
 
         y = x W^T + b
 
-    [`prune_channels`] makes such layers. `linear` is an ordinary `nn.Linear` child.
+    [`prune_channels`] makes such layers. It is no way to store factors, so that `LowRankConfig` does not offer it.
+    `linear` is an ordinary `nn.Linear` child.
 
     Args:
         in_features (`int`): size of each input row.

@@ -115,7 +115,7 @@ def test_it_is_the_model_with_these_channels_at_zero(architecture, tmp_path):
     rows = summary(model).rows
     assert {row.format for row in rows} == {"dense"}
     width = {"llama": 96, "gpt2": 256, "bert": 96}[architecture]
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, DenseLinear):
             assert round(0.7 * width) in (module.in_features, module.out_features)
             assert width in module.replaced_shape
