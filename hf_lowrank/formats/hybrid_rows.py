@@ -44,7 +44,6 @@ class HybridRowsLinear(FormatLinear):
     """
 
     bias_name = "output_bias"
-    output_rows = ()
     input_columns = ("rows.weight", "right.weight")
     tensors = 4
 
@@ -88,6 +87,13 @@ class HybridRowsLinear(FormatLinear):
     def rows_first(self):
         """Whether outputs are left in the order in which they are computed."""
         return self.order is None
+
+    @property
+    def output_rows(self):
+        """The order has one entry an output; free rows that come first have no place to note another."""
+        if self.rows is None:
+            return ("left.weight", "output_bias")
+        return () if self.order is None else ("order", "output_bias")
 
     def spec(self):
         spec = super().spec()
