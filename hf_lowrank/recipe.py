@@ -80,7 +80,7 @@ class Recipe:
         self.method = METHODS.build(self.method)
         self.allocation = ALLOCATORS.build(self.method.allocation if self.allocation is None else self.allocation)
         if self.format is not None:
-            FORMATS[self.format]
+            FORMATS.listed(self.format)
             if self.method.only_format and self.format != self.method.format:
                 raise ConfigError(
                     f"`format`={self.format!r} cannot hold what `method`={self.method.name!r} makes, which is "

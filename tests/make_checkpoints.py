@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_lowrank import LowRankConfig, WeightedBasesLinear, factorize, fold_order
+from hf_lowrank import LowRankConfig, WeightedBasesLinear, factorize, fold_order, prune_channels
 
 
 OPTIONS = {"method": "svd", "param_ratio": 0.5, "rank_multiple": 1}
@@ -31,6 +31,13 @@ RECIPES = {
     "sparse_low_rank_v1_scaled": {**OPTIONS, "method": {"name": "sltrain", "density": 0.1, "alpha": 3}},
     "dense_sparse_v1": {"method": {"name": "dsformer", "density": 0.5}, "rank": 3},
     "dense_sparse_v1_blocks": {"method": {"name": "dsformer", "density": 0.5, "blocks": 2}, "rank": 2},
+    # Levels that are applied as they stand, and others whose matrix is formed.
+    "multi_resolution_v1": {"method": {"name": "multi_resolution", "shares": [0.4, 0.3, 0.3]}, "rank": 2},
+    "hybrid_rows_v1": {**OPTIONS, "method": "hybrid"},
+    # Free rows first, and no order.
+    "hybrid_rows_v1_scratch": {**OPTIONS, "method": {"name": "hybrid", "lower_rank": 2, "from_scratch": True}},
+    # Narrower than the architecture says: no factors, but channels pruned.
+    "dense_v1": None,
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }
@@ -47,7 +54,11 @@ def main(name):
         vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True,
     )  # fmt: skip
-    model = factorize(LlamaForCausalLM(config).eval(), LowRankConfig(**RECIPES[name]))
+    model = LlamaForCausalLM(config).eval()
+    if RECIPES[name] is None:
+        prune_channels(model, param_ratio=0.5, calibration=TOKENS)
+    else:
+        factorize(model, LowRankConfig(**RECIPES[name]))
     if name.endswith("_folded") and fold_order(model, TOKENS[0]) == 0:
         raise SystemExit("no layer could be folded")
     if name.endswith("_scaled"):

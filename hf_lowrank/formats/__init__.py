@@ -15,8 +15,11 @@ from .base import (
     plain,
     register_format,
 )
+from .dense import DenseLinear
 from .dense_sparse import DenseSparseLinear
+from .hybrid_rows import HybridRowsLinear
 from .low_rank import LowRankLinear
+from .multi_resolution import MultiResolutionLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
 from .sparse_low_rank import SparseLowRankLinear
@@ -27,11 +30,14 @@ import_submodules(sys.modules[__name__])
 
 __all__ = [
     "FORMATS",
+    "DenseLinear",
     "DenseSparseLinear",
     "DenseView",
     "FormatLinear",
+    "HybridRowsLinear",
     "LinearFace",
     "LowRankLinear",
+    "MultiResolutionLinear",
     "PivotedLinear",
     "SharedBasisLinear",
     "SparseLowRankLinear",

@@ -134,6 +134,8 @@ class FormatLinear(nn.Module):
         self.out_features = out_features
         self.transposed = transposed
         self.relative_error = None
+        # `(out, in)` of the layer this one replaces, which may be wider: channels can have been pruned since.
+        self.replaced_shape = out_features, in_features
         # Whether the replaced layer had no bias, so that a checkpoint has to say there is one.
         self.added_bias = False
 
@@ -206,13 +208,30 @@ class FormatLinear(nn.Module):
         return exact_factors(self.dense_weight().detach().double(), torch.finfo(self.weight.dtype).eps)
 
     def rest(self):
-        """What the weight has beside the product of its factors: `(out, in)`, sparse, float64; or `None`."""
+        """What the weight has beside the product of its factors, `(out, in)`, float64, or `None`.
+
+        Sparse, or anything else that adds to a matrix like one ([`Terms`]).
+        """
         return None
 
     def exact_weight(self):
         """The weight `(out, in)` in float64, without the rounding to the module's dtype."""
         (left, right), rest = self.factors(), self.rest()
         return left @ right if rest is None else left @ right + rest
+
+    def replacement(self):
+        """`(weight, bias)` of an ordinary layer of the replaced shape: the weight in its layout, pruned channels zero.
+
+        Zeros stand behind the channels that are left, in all layers that have the channels in common.
+        """
+        weight, (rows, columns) = self.dense_weight().detach(), self.replaced_shape
+        missing = rows - self.out_features
+        bias = self.bias
+        if (rows, columns) != weight.shape:
+            weight = nn.functional.pad(weight, (0, columns - self.in_features, 0, missing))
+            if bias is not None and missing:
+                bias = nn.Parameter(nn.functional.pad(bias.detach(), (0, missing)), requires_grad=bias.requires_grad)
+        return (weight.T if self.transposed else weight).contiguous(), bias
 
     @property
     def weight(self):

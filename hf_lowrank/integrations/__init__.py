@@ -15,6 +15,7 @@ from .onnx import share_initializers
 from .out_of_core import FactorizedCheckpoint, calibrate_checkpoint, factorize_checkpoint
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
+from .pruning import prune_channels
 from .quantizer import LowRankQuantizer
 from .verbs import collect_statistics, factorize, to_dense
 
@@ -39,6 +40,7 @@ __all__ = [
     "factorize",
     "factorize_checkpoint",
     "model_card",
+    "prune_channels",
     "residual_adapter",
     "share_initializers",
     "to_dense",

@@ -50,7 +50,7 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
             "of your own, save, and call from_pretrained(folder, quantization_config=...)."
         )
     calibration = config.calibration if calibration is None else calibration
-    return factorize_in_memory(model, config, calibration, _tokenizer_for(model, tokenizer))
+    return factorize_in_memory(model, config, calibration, tokenizer_for(model, tokenizer))
 
 
 def factorize_in_memory(model, config, calibration, tokenizer, available=None):
@@ -102,7 +102,7 @@ def describe(model, config, provenance):
         provenance (`dict`, *optional*): JSON that describes the calibration data.
     """
     config.record(model, provenance)
-    for part in _outermost_pretrained(model):
+    for part in outermost_pretrained(model):
         if factorized(part):
             attach(part, config)
 
@@ -134,11 +134,11 @@ def _making(model, plan, config, statistics):
         progress.close()
 
 
-def _outermost_pretrained(module):
+def outermost_pretrained(module):
     """The transformers models in `module` that are not part of another one."""
     if isinstance(module, PreTrainedModel):
         return [module]
-    return [found for child in module.children() for found in _outermost_pretrained(child)]
+    return [found for child in module.children() for found in outermost_pretrained(child)]
 
 
 def refuse_quantized(model):
@@ -193,7 +193,7 @@ def collect_statistics(
     calibration = as_calibration(calibration)
     processes, model = processes_for(accelerator, model, calibration)
     sites = match_sites(model, target_modules, exclude_modules)
-    tokenizer = _tokenizer_for(model, tokenizer)
+    tokenizer = tokenizer_for(model, tokenizer)
     return collect_for(model, sites, recipe, calibration, tokenizer, processes=processes)
 
 
@@ -210,7 +210,7 @@ def to_dense(model):
     """
     refuse_offloaded(model)
     multiply_out(model)
-    for part in _outermost_pretrained(model):
+    for part in outermost_pretrained(model):
         if isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):
             detach(part)
     return model
@@ -226,5 +226,6 @@ def refuse_offloaded(model):
         )
 
 
-def _tokenizer_for(model, tokenizer):
+def tokenizer_for(model, tokenizer):
+    """The function that gives `tokenizer`, or the one at `model.name_or_path`, where text has to be read."""
     return lambda: tokenizer if tokenizer is not None else load_tokenizer(getattr(model, "name_or_path", ""))

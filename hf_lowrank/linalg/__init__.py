@@ -1,6 +1,9 @@
 """Matrix problems: tensors in, tensors out. Knows nothing of modules, models or files."""
 
 from .blocks import difference_energy, times
+from .cp import cp_als, cp_product
+from .kronecker import merge_modes, middle_factors, split_modes
+from .multi_resolution import Level, Terms, fit_level, multi_resolution
 from .pivoting import row_basis
 from .projection import energy_rank, low_rank_projection
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
@@ -13,17 +16,25 @@ from .weighted_svd import column_weighted, output_energies, output_optimal
 
 
 __all__ = [
+    "Level",
+    "Terms",
     "balanced",
     "band_names",
     "band_sizes",
     "best_atoms",
     "column_weighted",
+    "cp_als",
+    "cp_product",
     "difference_energy",
     "energy_rank",
+    "fit_level",
     "flat_places",
     "largest",
     "largest_entries",
     "low_rank_projection",
+    "merge_modes",
+    "middle_factors",
+    "multi_resolution",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
@@ -36,6 +47,7 @@ __all__ = [
     "shrink",
     "singular_energies",
     "sparse_matrix",
+    "split_modes",
     "synthesize",
     "times",
     "truncated_svd",

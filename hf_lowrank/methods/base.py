@@ -24,8 +24,8 @@ class Factors:
         shift (`torch.Tensor`, *optional*): `(out,)`, float64, added to the layer's bias; a layer without bias gets
             one. Formats do not see it: whoever replaces the layer adds it. Only from methods that announce it in
             `shifts`.
-        rest (`torch.Tensor`, *optional*): `(out, in)`, sparse, coalesced, float64: what the weight has beside the
-            product. Only from methods with `only_format`.
+        rest (`torch.Tensor` or [`Terms`], *optional*): `(out, in)`, float64: what the weight has beside the product;
+            sparse and coalesced, or terms over merged modes. Only from methods with `only_format`.
         layout (`dict`): what [`Method.layout`] says of this shape and rank.
     """
 
