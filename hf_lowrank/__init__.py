@@ -31,6 +31,7 @@ from .formats import (
     PivotedLinear,
     SharedBasisLinear,
     SparseLowRankLinear,
+    TensorTrainLinear,
     WeightedBasesLinear,
     register_format,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "StatisticsError",
     "Summary",
     "TargetError",
+    "TensorTrainLinear",
     "UnknownNameError",
     "WeightedBasesLinear",
     "calibrate_checkpoint",
@@ -134,6 +136,7 @@ __all__ = [
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
 NEED_TRAINER = (
     "BasisSelectionCallback",
+    "DimensionSqueezingCallback",
     "FirstOrderPruningCallback",
     "MaestroCallback",
     "MaestroTrainer",

@@ -31,6 +31,9 @@ RECIPES = {
     "sparse_low_rank_v1_scaled": {**OPTIONS, "method": {"name": "sltrain", "density": 0.1, "alpha": 3}},
     "dense_sparse_v1": {"method": {"name": "dsformer", "density": 0.5}, "rank": 3},
     "dense_sparse_v1_blocks": {"method": {"name": "dsformer", "density": 0.5, "blocks": 2}, "rank": 2},
+    # Chains over modes, of which one size is padded; and two factors as a chain.
+    "tensor_train_v1": {**OPTIONS, "method": {"name": "tensor_train", "cores": 3, "in_shape": {12: [2, 3, 3]}}},
+    "tensor_train_v1_factors": {**OPTIONS, "format": "tensor_train"},
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }

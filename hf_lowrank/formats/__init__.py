@@ -20,6 +20,7 @@ from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
 from .sparse_low_rank import SparseLowRankLinear
+from .tensor_train import TensorTrainLinear, misfit
 from .weighted_bases import WeightedBasesLinear
 
 
@@ -35,11 +36,13 @@ __all__ = [
     "PivotedLinear",
     "SharedBasisLinear",
     "SparseLowRankLinear",
+    "TensorTrainLinear",
     "WeightedBasesLinear",
     "as_parameter",
     "check_rank",
     "exact_factors",
     "is_packed",
+    "misfit",
     "plain",
     "put_face_on",
     "register_format",

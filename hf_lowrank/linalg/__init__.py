@@ -8,22 +8,38 @@ from .selection import largest
 from .sparse import flat_places, largest_entries, sparse_matrix
 from .sparse_coding import best_atoms, pursue
 from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
+from .tensor_train import (
+    balanced_modes,
+    bond_cores,
+    centred,
+    full_bonds,
+    joined_cores,
+    lowered_bond,
+    tensor_train,
+    train_matrix,
+)
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
 
 
 __all__ = [
     "balanced",
+    "balanced_modes",
     "band_names",
     "band_sizes",
     "best_atoms",
+    "bond_cores",
+    "centred",
     "column_weighted",
     "difference_energy",
     "energy_rank",
     "flat_places",
+    "full_bonds",
+    "joined_cores",
     "largest",
     "largest_entries",
     "low_rank_projection",
+    "lowered_bond",
     "orthogonal_wavelets",
     "output_energies",
     "output_optimal",
@@ -37,7 +53,9 @@ __all__ = [
     "singular_energies",
     "sparse_matrix",
     "synthesize",
+    "tensor_train",
     "times",
+    "train_matrix",
     "truncated_svd",
     "wavelet_filters",
 ]
