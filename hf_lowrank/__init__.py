@@ -22,7 +22,16 @@ from .errors import (
     TargetError,
     UnknownNameError,
 )
-from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
+from .evaluation import (
+    Evaluation,
+    MultipleChoiceTask,
+    PerplexityTask,
+    Sweep,
+    SweepPoint,
+    evaluate,
+    sweep,
+    text_samples,
+)
 from .formats import (
     FORMATS,
     DenseSparseLinear,
@@ -105,6 +114,8 @@ __all__ = [
     "Statistics",
     "StatisticsError",
     "Summary",
+    "Sweep",
+    "SweepPoint",
     "TargetError",
     "TensorTrainLinear",
     "UnknownNameError",
@@ -127,6 +138,7 @@ __all__ = [
     "residual_adapter",
     "share_initializers",
     "summary",
+    "sweep",
     "text_samples",
     "to_dense",
     "train_only",

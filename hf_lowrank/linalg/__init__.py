@@ -18,6 +18,7 @@ from .tensor_train import (
     tensor_train,
     train_matrix,
 )
+from .tucker import hosvd, tucker_tensor
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
 
@@ -35,6 +36,7 @@ __all__ = [
     "energy_rank",
     "flat_places",
     "full_bonds",
+    "hosvd",
     "joined_cores",
     "largest",
     "largest_entries",
@@ -57,5 +59,6 @@ __all__ = [
     "times",
     "train_matrix",
     "truncated_svd",
+    "tucker_tensor",
     "wavelet_filters",
 ]

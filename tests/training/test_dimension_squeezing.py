@@ -1,4 +1,4 @@
-"""Dimension squeezing with a real Trainer: the least gap goes, nothing comes back, and the end is an ordinary train."""
+"""Dimension squeezing with a real Trainer: the least gap goes, nothing comes back, the end is an ordinary train."""
 
 import pytest
 import torch
