@@ -22,7 +22,16 @@ from .errors import (
     TargetError,
     UnknownNameError,
 )
-from .evaluation import Evaluation, MultipleChoiceTask, PerplexityTask, evaluate, text_samples
+from .evaluation import (
+    Evaluation,
+    MultipleChoiceTask,
+    PerplexityTask,
+    Sweep,
+    SweepPoint,
+    evaluate,
+    sweep,
+    text_samples,
+)
 from .formats import (
     FORMATS,
     DenseLinear,
@@ -34,6 +43,7 @@ from .formats import (
     PivotedLinear,
     SharedBasisLinear,
     SparseLowRankLinear,
+    TensorTrainLinear,
     WeightedBasesLinear,
     register_format,
 )
@@ -111,7 +121,10 @@ __all__ = [
     "Statistics",
     "StatisticsError",
     "Summary",
+    "Sweep",
+    "SweepPoint",
     "TargetError",
+    "TensorTrainLinear",
     "UnknownNameError",
     "WeightedBasesLinear",
     "calibrate_checkpoint",
@@ -133,6 +146,7 @@ __all__ = [
     "residual_adapter",
     "share_initializers",
     "summary",
+    "sweep",
     "text_samples",
     "to_dense",
     "train_only",
@@ -142,6 +156,7 @@ __all__ = [
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")
 NEED_TRAINER = (
     "BasisSelectionCallback",
+    "DimensionSqueezingCallback",
     "FirstOrderPruningCallback",
     "MaestroCallback",
     "MaestroTrainer",

@@ -38,6 +38,9 @@ RECIPES = {
     "hybrid_rows_v1_scratch": {**OPTIONS, "method": {"name": "hybrid", "lower_rank": 2, "from_scratch": True}},
     # Narrower than the architecture says: no factors, but channels pruned.
     "dense_v1": None,
+    # Chains over modes, of which one size is padded; and two factors as a chain.
+    "tensor_train_v1": {**OPTIONS, "method": {"name": "tensor_train", "cores": 3, "in_shape": {12: [2, 3, 3]}}},
+    "tensor_train_v1_factors": {**OPTIONS, "format": "tensor_train"},
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }

@@ -425,6 +425,15 @@ def test_what_is_told_of_the_function_is_in_its_results():
     assert mean("fine to coarse, R + 1", 21) > alone[0]
 
 
+def test_design_space():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = run(sys.executable, "examples/benchmarks/design_space.py", "--smoke", "--ranks", "1", "8")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^rank (?:1|8), blocks \[\d\]: perplexity", done.stdout, re.M)) == 4
+    assert len(re.findall(r"early blocks are worse: (?:confirmed|refuted)$", done.stdout, re.M)) == 2
+    assert int(re.search(r"drawn: (\d+) bytes", done.stdout)[1]) > 10_000
+
+
 def test_training_methods_end_at_one_size():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     pytest.importorskip("peft", reason="peft is not installed")

@@ -23,6 +23,7 @@ from .multi_resolution import MultiResolutionLinear
 from .pivoted import PivotedLinear
 from .shared_basis import SharedBasisLinear
 from .sparse_low_rank import SparseLowRankLinear
+from .tensor_train import TensorTrainLinear, misfit
 from .weighted_bases import WeightedBasesLinear
 
 
@@ -41,11 +42,13 @@ __all__ = [
     "PivotedLinear",
     "SharedBasisLinear",
     "SparseLowRankLinear",
+    "TensorTrainLinear",
     "WeightedBasesLinear",
     "as_parameter",
     "check_rank",
     "exact_factors",
     "is_packed",
+    "misfit",
     "plain",
     "put_face_on",
     "register_format",

@@ -171,14 +171,15 @@ class FormatLinear(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def stored_bytes(cls, out_features, in_features, rank, dtype_size):
+    def stored_bytes(cls, out_features, in_features, rank, dtype_size, **layout):
         """Bytes stored for a weight of this shape at this rank, bias excluded.
 
         Args:
             dtype_size (`int`): bytes of one number of the factors. A format that stores indices or masks beside them
                 overrides this.
+            layout: as of `cost`.
         """
-        return cls.cost(out_features, in_features, rank) * dtype_size
+        return cls.cost(out_features, in_features, rank, **layout) * dtype_size
 
     @classmethod
     def break_even(cls, out_features, in_features, layout=None):

@@ -11,6 +11,17 @@ from .selection import largest
 from .sparse import flat_places, largest_entries, sparse_matrix
 from .sparse_coding import best_atoms, pursue
 from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
+from .tensor_train import (
+    balanced_modes,
+    bond_cores,
+    centred,
+    full_bonds,
+    joined_cores,
+    lowered_bond,
+    tensor_train,
+    train_matrix,
+)
+from .tucker import hosvd, tucker_tensor
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
 
@@ -19,9 +30,12 @@ __all__ = [
     "Level",
     "Terms",
     "balanced",
+    "balanced_modes",
     "band_names",
     "band_sizes",
     "best_atoms",
+    "bond_cores",
+    "centred",
     "column_weighted",
     "cp_als",
     "cp_product",
@@ -29,9 +43,13 @@ __all__ = [
     "energy_rank",
     "fit_level",
     "flat_places",
+    "full_bonds",
+    "hosvd",
+    "joined_cores",
     "largest",
     "largest_entries",
     "low_rank_projection",
+    "lowered_bond",
     "merge_modes",
     "middle_factors",
     "multi_resolution",
@@ -49,7 +67,10 @@ __all__ = [
     "sparse_matrix",
     "split_modes",
     "synthesize",
+    "tensor_train",
     "times",
+    "train_matrix",
     "truncated_svd",
+    "tucker_tensor",
     "wavelet_filters",
 ]

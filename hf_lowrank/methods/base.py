@@ -27,6 +27,8 @@ class Factors:
         rest (`torch.Tensor` or [`Terms`], *optional*): `(out, in)`, float64: what the weight has beside the product;
             sparse and coalesced, or terms over merged modes. Only from methods with `only_format`.
         layout (`dict`): what [`Method.layout`] says of this shape and rank.
+        cores (`tuple[torch.Tensor]`): of a tensor train, `(d_{k-1}, i_k, j_k, d_k)`, float64; `left` and `right` are
+            the same weight and an identity then. Only from methods that are not `thin`.
     """
 
     left: torch.Tensor
@@ -35,6 +37,7 @@ class Factors:
     shift: torch.Tensor | None = None
     rest: torch.Tensor | None = None
     layout: dict = field(default_factory=dict)
+    cores: tuple = ()
 
     def product(self):
         """The weight that the factors stand for, `(out, in)`."""
@@ -64,6 +67,8 @@ class Method:
         anchored (`bool`): whether each weight is factorized on what the compressed model in front of it puts out; it
             is then given `compressed_gram` and `cross_gram` ([`CrossGram`]) beside its statistics.
         only_format (`bool`): whether its factors fit into `format` and no other.
+        thin (`bool`): whether the weight it makes is a product of two factors of the rank. Of others the rank is a
+            size of parts, whose weight has any rank.
         searches (`bool`): whether it finds good factors rather than the best ones, so that the error may rise a little
             from one rank to the next.
         initialises (`bool`): whether its factors do not approximate the weight, but are where training from scratch
@@ -79,6 +84,7 @@ class Method:
     share_layers: ClassVar[int] = 1
     anchored: ClassVar[bool] = False
     only_format: ClassVar[bool] = False
+    thin: ClassVar[bool] = True
     searches: ClassVar[bool] = False
     initialises: ClassVar[bool] = False
 
