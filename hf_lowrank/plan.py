@@ -222,6 +222,8 @@ def _candidate(model, site, recipe, measured):
     least = _rank_step(site, recipe)
     curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
     cost, dense_cost = _costs(model, site, format, recipe, measured)
+    counted = functools.partial(recipe.method.counted, format, *shape)
+    limit = _first_not_cheaper(counted, shape[0] * shape[1], min(shape) + 1)
     times = measured.latencies.of(*shape) if recipe.needs_latencies and measured.latencies is not None else None
     return Candidate(
         name=site.name,
@@ -231,7 +233,7 @@ def _candidate(model, site, recipe, measured):
         rank_multiple=math.lcm(recipe.rank_multiple, least),
         least_rank=least,
         cost=cost,
-        break_even=_first_not_cheaper(cost, dense_cost, format.break_even(*shape, recipe.method.layout)),
+        break_even=_first_not_cheaper(cost, dense_cost, limit),
         curve=None if curve is None else curve[1:].tolist(),
         total=None if curve is None else float(curve[0]),
         dense_cost=dense_cost,
@@ -260,7 +262,7 @@ def _costs(model, site, format, recipe, measured):
     if recipe.allocation.cost == "latency" and recipe.needs_latencies and measured.latencies is not None:
         times = measured.latencies.of(*shape)
         return lambda rank: site.copies * times.at(rank), site.copies * times.dense
-    return lambda rank: site.copies * (format.cost(*shape, rank, **layout(rank)) + bias), dense
+    return lambda rank: site.copies * (recipe.method.counted(format, *shape, rank) + bias), dense
 
 
 def _first_not_cheaper(cost, dense_cost, limit):

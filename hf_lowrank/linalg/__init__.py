@@ -2,11 +2,12 @@
 
 from .blocks import difference_energy, times
 from .pivoting import row_basis
+from .precision import shortened
 from .projection import energy_rank, low_rank_projection
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
 from .selection import largest
 from .sparse import flat_places, largest_entries, sparse_matrix
-from .sparse_coding import best_atoms, pursue
+from .sparse_coding import best_atoms, better_codes, orthonormal_atoms, pursue, refit_atoms, strongest
 from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
@@ -17,6 +18,7 @@ __all__ = [
     "band_names",
     "band_sizes",
     "best_atoms",
+    "better_codes",
     "column_weighted",
     "difference_energy",
     "energy_rank",
@@ -25,17 +27,21 @@ __all__ = [
     "largest_entries",
     "low_rank_projection",
     "orthogonal_wavelets",
+    "orthonormal_atoms",
     "output_energies",
     "output_optimal",
     "product_singular_values",
     "psd_safe_cholesky",
     "psd_sqrt",
     "pursue",
+    "refit_atoms",
     "require_finite",
     "row_basis",
+    "shortened",
     "shrink",
     "singular_energies",
     "sparse_matrix",
+    "strongest",
     "synthesize",
     "times",
     "truncated_svd",
