@@ -17,6 +17,7 @@ from hf_lowrank import LowRankConfig, WeightedBasesLinear, factorize, fold_order
 OPTIONS = {"method": "svd", "param_ratio": 0.5, "rank_multiple": 1}
 TOKENS = [{"input_ids": torch.arange(8)[None]}]
 JOINT = {"name": "basis_sharing", "joint_groups": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]}
+DICTIONARIES = {"name": "compot", "joint_groups": JOINT["joint_groups"], "rho": 1.25}
 RECIPES = {
     "low_rank_v1": {**OPTIONS, "format": "low_rank"},
     "pivoted_v1": {**OPTIONS, "format": "pivoted"},
@@ -31,6 +32,8 @@ RECIPES = {
     "sparse_low_rank_v1_scaled": {**OPTIONS, "method": {"name": "sltrain", "density": 0.1, "alpha": 3}},
     "dense_sparse_v1": {"method": {"name": "dsformer", "density": 0.5}, "rank": 3},
     "dense_sparse_v1_blocks": {"method": {"name": "dsformer", "density": 0.5, "blocks": 2}, "rank": 2},
+    # One dictionary for several layers, atoms beyond the rows of one of them, masks.
+    "dense_sparse_v1_shared": {"method": DICTIONARIES, "rank": 5, "calibration": TOKENS},
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }

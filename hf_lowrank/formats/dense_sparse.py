@@ -40,8 +40,8 @@ class DenseSparseLinear(LendingLinear):
         borrows (`bool`, defaults to `False`): whether there is no `dictionary` here, and `borrow` will be called.
 
     Shapes:
-        `dictionary.weight` `(blocks * a, in)`, in the lender only; `values` `(out, s)`, `output_bias` `(out,)`; and `mask`
-        `(out, ceil(a / 8))` uint8, or `indices` `(out, s)` in uint8, int16 or int32, within the block, rising.
+        `dictionary.weight` `(blocks * a, in)`, in the lender only; `values` `(out, s)`, `output_bias` `(out,)`; and
+        `mask` `(out, ceil(a / 8))` uint8, or `indices` `(out, s)` in uint8, int16 or int32, within the block, rising.
 
     Raises:
         RankError: `rank` is not an integer in range.
@@ -72,7 +72,7 @@ class DenseSparseLinear(LendingLinear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, transposed)
-        _check_number("blocks", blocks, out_features)
+        _check_number("blocks", blocks, 1 if borrows else out_features)
         if out_features % blocks:
             raise CheckpointError(
                 f"`blocks`={blocks} of a dense_sparse layer must divide its {out_features} outputs. {DAMAGED}"
@@ -81,13 +81,11 @@ class DenseSparseLinear(LendingLinear):
             check_rank(rank, out_features // blocks, in_features)
         elif not is_integer(rank, 1) or rank > in_features:
             raise RankError(
-                f"rank={rank!r} of a dictionary must be an integer in 1..{in_features}, the number of inputs; change it "
-                "in `rank` or `rank_pattern`, or leave it to the allocator."
+                f"rank={rank!r} of a dictionary must be an integer in 1..{in_features}, the number of inputs; change "
+                "it in `rank` or `rank_pattern`, or leave it to the allocator."
             )
         nonzeros = rank if nonzeros is None else nonzeros
         _check_number("nonzeros", nonzeros, rank)
-        if borrows:
-            _check_number("blocks", blocks, 1)
         # A borrower has no dictionary to read it off.
         self.rank, self.blocks = rank, blocks
         options = {"device": device, "dtype": dtype}

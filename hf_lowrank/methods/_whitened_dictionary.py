@@ -122,7 +122,7 @@ def _between(ranks, errors, size):
     logs = errors.clamp(min=1e-30 * float(errors[0]) + torch.finfo(errors.dtype).tiny).log()
     curve = (logs[after - 1] * (1 - share) + logs[after] * share).exp()
     curve[ranks] = errors
-    return curve
+    return curve if errors[0] > 0 else torch.zeros_like(curve)
 
 
 def leading_atoms(rows, rank):
