@@ -222,8 +222,7 @@ def _candidate(model, site, recipe, measured):
     least = _rank_step(site, recipe)
     curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
     cost, dense_cost = _costs(model, site, format, recipe, measured)
-    counted = functools.partial(recipe.method.counted, format, *shape)
-    limit = _first_not_cheaper(counted, shape[0] * shape[1], min(shape) + 1)
+    limit = _limit(model, site, format, recipe.method)
     times = measured.latencies.of(*shape) if recipe.needs_latencies and measured.latencies is not None else None
     return Candidate(
         name=site.name,
@@ -240,6 +239,18 @@ def _candidate(model, site, recipe, measured):
         time=None if times is None else times.at,
         dense_time=None if times is None else times.dense,
     )
+
+
+def _limit(model, site, format, method):
+    """The lowest rank at which nothing is saved: in the numbers that budgets count, or in bytes."""
+    shape, size = (site.out_features, site.in_features), model.get_parameter(site.weight_name).element_size()
+
+    def stored(rank):
+        return format.stored_bytes(*shape, rank, size, **method.layout(*shape, rank))
+
+    dense = shape[0] * shape[1]
+    limit = _first_not_cheaper(functools.partial(method.counted, format, *shape), dense, min(shape) + 1)
+    return _first_not_cheaper(stored, size * dense, limit)
 
 
 def _costs(model, site, format, recipe, measured):

@@ -40,6 +40,7 @@ from benchmarks.adapters import DATA
 from benchmarks.metrics import perplexity
 from benchmarks.quality import texts, timed
 from hf_lowrank import FORMATS, METHODS, Calibration, LowRankConfig, collect_statistics, evaluation, factorize, summary
+from hf_lowrank.provenance import command
 
 
 RESULTS = Path(__file__).parent / "results" / "dictionaries.json"
@@ -153,7 +154,7 @@ def measure_matrices(task, path, ratios, variants, sweeps, accounting):
             "bytes": sum(tensor.nbytes for tensor in layer.state_dict().values()),
             "shape": list(weight.shape),
         }
-        found["environment"] = evaluation.environment()
+        found["environment"], found["command"] = evaluation.environment(), command()
         runs.write(path, found)
         print(f"{name} {ratio} {variant}: {cells[variant]['error']:.4f}, {seconds:.1f} s", flush=True)
     return found
@@ -179,7 +180,7 @@ def measure_model(task, path, ratio):
         rows = summary(model).rows
         made["kept"] = sum(r.bytes for r in rows) / sum(r.dense_bytes for r in rows) if rows else 1.0
         models[name] = {**made, "ratio": ratio}
-        found["environment"] = evaluation.environment()
+        found["environment"], found["command"] = evaluation.environment(), command()
         runs.write(path, found)
         print(f"{name}: perplexity {made['perplexity']:.4g}, {seconds:.0f} s", flush=True)
     return found

@@ -28,8 +28,9 @@ class CoSpaDi(WhitenedDictionary):
     error need not fall with every single rank. The rank of a layer is the number of its atoms.
 
     Args:
-        rho (`float`, defaults to 2.0): as in [`Compot`], and so are `share_layers`, `joint_groups`, `coeff_bits`
-            (whose bound for the error is that of `|S| |D_L|` here), `accounting` and `curve_points`.
+        rho (`float`, defaults to 2.0): as in [`Compot`], and so are `share_layers`, `joint_groups`, `accounting`,
+            `curve_points`, and `coeff_bits`, but that its bound is for the numbers only: how much of it reaches the
+            error depends on how far atoms cancel each other.
         num_iters (`int`, defaults to 60): how often both steps are made, 0 or more.
         solver (`str`, defaults to `"ksvd"`): or `"mod"` or `"procrustes"`, the fastest.
         power_iters (`int`, defaults to 8): of the power iteration that finds an atom of K-SVD, 0 or more.

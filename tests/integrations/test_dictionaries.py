@@ -124,6 +124,20 @@ def test_a_budget_of_bytes_counts_masks_whatever_the_accounting(llama, tmp_path)
         assert 0.9 * 260_000 < size <= 260_000
 
 
+@pytest.mark.parametrize("accounting", ["mask", "effective"])
+def test_what_would_be_larger_than_dense_stays_dense(llama, accounting):
+    folder, _ = llama
+    ranks = []
+    for ratio in (0.9, 0.99):
+        model = dense(folder, torch.bfloat16)
+        method = {"name": "compot", "num_iters": 0, "accounting": accounting}
+        rows = summary(factorize(model, config_for(folder, method, param_ratio=ratio))).rows
+        assert all(row.bytes < row.dense_bytes for row in rows)
+        ranks.append({row.name: row.rank for row in rows})
+    assert len(ranks[0]) == 14
+    assert len(ranks[1]) == (14 if accounting == "mask" else 0)
+
+
 @pytest.mark.parametrize("allocation", ["knapsack", "energy", {"name": "lems", "search_samples": 1}])
 @pytest.mark.parametrize("method", [ALONE, BOTH])
 def test_allocators_work_on_dictionaries(llama, allocation, method):
