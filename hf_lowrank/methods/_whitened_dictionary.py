@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import is_integer, is_number
+from ..checks import is_number
 from ..errors import ConfigError
 from ..linalg import (
     balanced,
@@ -16,7 +16,7 @@ from ..linalg import (
     strongest,
     truncated_svd,
 )
-from ._groups import checked_groups
+from ._groups import check_share_layers, checked_groups
 from ._options import check_count
 from .base import Factors, Method
 
@@ -51,18 +51,14 @@ class WhitenedDictionary(Method):
     curve_points: int = 8
 
     def __post_init__(self):
-        if not is_number(self.rho) or not 1 <= self.rho < float("inf"):
+        if not is_number(self.rho) or self.rho < 1:
             raise ConfigError(
                 f"`rho`={self.rho!r} of {self.name} must be a number of at least 1, the atoms for each that a row has."
             )
         check_count(self, "num_iters", 0)
         check_count(self, "curve_points", 2)
         object.__setattr__(self, "joint_groups", checked_groups(self))
-        if not is_integer(self.share_layers, 1):
-            raise ConfigError(
-                f"`share_layers`={self.share_layers!r} of {self.name} must be an integer of at least 1, the number of "
-                "neighbouring blocks with one dictionary."
-            )
+        check_share_layers(self, "dictionary")
         for option, allowed in (("coeff_bits", COEFF_BITS), ("accounting", ACCOUNTINGS)):
             if getattr(self, option) not in allowed:
                 raise ConfigError(
