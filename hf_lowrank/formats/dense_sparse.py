@@ -32,7 +32,7 @@ class DenseSparseLinear(LendingLinear):
         in_features (`int`): size of each input row.
         out_features (`int`): size of each output row.
         rank (`int`): atoms of a dictionary, a, in `1 .. in`: beyond `out` where other layers have the same dictionary,
-            and with `blocks` up to `out / blocks`. Nothing is gained by more atoms than inputs.
+            and with `blocks` up to `out / blocks`. There are no overcomplete dictionaries.
         bias (`bool`, defaults to `True`): whether there is an `output_bias`.
         transposed (`bool`, defaults to `False`): the replaced layer stored its weight as `(in, out)`.
         nonzeros (`int`, *optional*): atoms a row combines, s, in `1 .. rank`; all of them by default.
