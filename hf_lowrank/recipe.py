@@ -40,7 +40,8 @@ class Recipe:
         allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of the budget; by default what
             suits the method: `"knapsack"` for `kfac_svd`, whose errors compare between layers, else `"uniform"`.
         format (`str`, *optional*): how factors are stored; by default the method's own format, or one that the layer
-            can take (experts are always `"low_rank"`, weights that share a factor `"shared_basis"`).
+            can take (experts are always `"low_rank"`, weights that share a factor `"shared_basis"`, those that share
+            a dictionary `"dense_sparse"`).
         rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
             and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.

@@ -17,6 +17,7 @@ from hf_lowrank import LowRankConfig, WeightedBasesLinear, factorize, fold_order
 OPTIONS = {"method": "svd", "param_ratio": 0.5, "rank_multiple": 1}
 TOKENS = [{"input_ids": torch.arange(8)[None]}]
 JOINT = {"name": "basis_sharing", "joint_groups": [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]}
+DICTIONARIES = {"name": "compot", "joint_groups": JOINT["joint_groups"], "rho": 1.25}
 RECIPES = {
     "low_rank_v1": {**OPTIONS, "format": "low_rank"},
     "pivoted_v1": {**OPTIONS, "format": "pivoted"},
@@ -41,6 +42,8 @@ RECIPES = {
     # Chains over modes, of which one size is padded; and two factors as a chain.
     "tensor_train_v1": {**OPTIONS, "method": {"name": "tensor_train", "cores": 3, "in_shape": {12: [2, 3, 3]}}},
     "tensor_train_v1_factors": {**OPTIONS, "format": "tensor_train"},
+    # One dictionary for several layers, atoms beyond the rows of one of them, masks.
+    "dense_sparse_v1_shared": {"method": DICTIONARIES, "rank": 5, "calibration": TOKENS},
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, basis_selection, cards, quality, runs, setups, table, training  # noqa: E402
+from benchmarks import adapters, basis_selection, cards, dictionaries, quality, runs, setups, table, training  # noqa: E402
 
 
 def run(*command, **environment):
@@ -312,6 +312,32 @@ def test_basis_selection_is_compared_at_its_size_and_goes_on(tmp_path, capsys):
     assert "perplexity" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="was measured otherwise"):
         basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 7)
+
+
+def test_dictionaries_are_compared_at_equal_numbers_and_go_on(tmp_path, capsys):
+    path, ratio, variants = tmp_path / "results.json", "0.8", dictionaries.VARIANTS
+    task = dictionaries.Tiny(tmp_path / "model")
+    dictionaries.measure_matrices(task, path, [ratio], ["svd"], 2, "mask")
+    first = json.loads(path.read_text())["runs"]
+    dictionaries.measure_matrices(task, path, [ratio], variants, 2, "mask")
+    found = dictionaries.measure_model(task, path, 0.8)
+    assert len(found["runs"]) == 6
+    for name, ratios in found["runs"].items():
+        cells = ratios[ratio]
+        assert cells["svd"] == first[name][ratio]["svd"]
+        numbers = cells["svd"]["shape"][0] * cells["svd"]["shape"][1]
+        assert all(0.9 * 0.8 < cell["bytes"] / 2 / numbers <= 0.8 for cell in cells.values())
+        assert cells["compot"]["error"] < cells["whitened_svd"]["error"] < cells["svd"]["error"]
+        assert all(abs(cell["stored"] - cell["error"]) < 1e-2 for cell in cells.values())
+    assert all(made["kept"] <= 0.82 for name, made in found["models"].items() if name != "dense")
+    capsys.readouterr()
+    dictionaries.measure_matrices(task, path, [ratio], variants, 2, "mask")
+    dictionaries.measure_model(task, path, 0.8)
+    assert capsys.readouterr().out == ""
+    dictionaries.show(found, variants)
+    assert "layers.1.mlp.down_proj" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was measured otherwise"):
+        dictionaries.measure_matrices(task, path, [ratio], variants, 3, "mask")
 
 
 @pytest.mark.real

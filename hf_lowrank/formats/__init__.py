@@ -4,6 +4,7 @@ import sys
 
 from ..registry import import_submodules
 from ._face import LinearFace, put_face_on, take_face_off
+from ._lending import LendingLinear
 from .base import (
     FORMATS,
     DenseView,
@@ -36,6 +37,7 @@ __all__ = [
     "DenseView",
     "FormatLinear",
     "HybridRowsLinear",
+    "LendingLinear",
     "LinearFace",
     "LowRankLinear",
     "MultiResolutionLinear",

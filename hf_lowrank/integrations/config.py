@@ -7,7 +7,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
-from ..formats import FORMATS, SharedBasisLinear
+from ..formats import FORMATS
 from ..readme import repository
 from ..recipe import Recipe
 from ..versions import versions
@@ -140,8 +140,9 @@ def _check_modules(modules):
                 f"The checkpoint stores {name} as {spec!r}; this hf_lowrank knows the formats {FORMATS.names()}. "
                 "A newer version may know it: `pip install -U hf-lowrank`."
             )
-        if "basis" in spec and (format != SharedBasisLinear.name or not isinstance(spec["basis"], str)):
+        if "basis" in spec and not (FORMATS[format].lent and isinstance(spec["basis"], str)):
+            lending = [other for other in FORMATS.names() if FORMATS[other].lent]
             raise CheckpointError(
-                f"The checkpoint stores {name} as {spec!r}; `basis` is the name of a module, and only "
-                f"{SharedBasisLinear.name!r} has one. Download or save it again."
+                f"The checkpoint stores {name} as {spec!r}; `basis` is the name of a module, and only the formats "
+                f"{lending} have one. Download or save it again."
             )

@@ -5,11 +5,12 @@ from .cp import cp_als, cp_product
 from .kronecker import merge_modes, middle_factors, split_modes
 from .multi_resolution import Level, Terms, fit_level, multi_resolution
 from .pivoting import row_basis
+from .precision import shortened
 from .projection import energy_rank, low_rank_projection
 from .psd import psd_safe_cholesky, psd_sqrt, shrink
 from .selection import largest
 from .sparse import flat_places, largest_entries, sparse_matrix
-from .sparse_coding import best_atoms, pursue
+from .sparse_coding import best_atoms, better_codes, orthonormal_atoms, pursue, refit_atoms, strongest
 from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
 from .tensor_train import (
     balanced_modes,
@@ -34,6 +35,7 @@ __all__ = [
     "band_names",
     "band_sizes",
     "best_atoms",
+    "better_codes",
     "bond_cores",
     "centred",
     "column_weighted",
@@ -54,18 +56,22 @@ __all__ = [
     "middle_factors",
     "multi_resolution",
     "orthogonal_wavelets",
+    "orthonormal_atoms",
     "output_energies",
     "output_optimal",
     "product_singular_values",
     "psd_safe_cholesky",
     "psd_sqrt",
     "pursue",
+    "refit_atoms",
     "require_finite",
     "row_basis",
+    "shortened",
     "shrink",
     "singular_energies",
     "sparse_matrix",
     "split_modes",
+    "strongest",
     "synthesize",
     "tensor_train",
     "times",

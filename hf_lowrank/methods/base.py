@@ -101,6 +101,19 @@ class Method:
         """What the spec of a layer of this shape says beside its format and rank: a JSON dict, `{}` by default."""
         return {}
 
+    def counted(self, format, out_features, in_features, rank):
+        """The numbers that a budget of parameters counts for a layer of this shape: by default all that are stored.
+
+        A budget in bytes counts what is stored, whatever this says.
+
+        Args:
+            format (`type`): a [`FormatLinear`].
+            out_features (`int`): rows of the weight.
+            in_features (`int`): columns of the weight.
+            rank (`int`): of the factors.
+        """
+        return format.cost(out_features, in_features, rank, **self.layout(out_features, in_features, rank))
+
     def factorize(self, weight, rank, stats):
         """Factors of `weight` at `rank`.
 
