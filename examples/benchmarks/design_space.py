@@ -11,7 +11,7 @@ leaves no language model to compare.
 "Characterizing the accuracy-efficiency trade-off" (2405.06626) and what followed it advise against early and against
 adjacent layers; the last lines say whether that holds here. Writes results/design_space.json measurement by
 measurement, goes on where it was stopped, and puts the rows into results/design_space.csv and the maps into
-results/design_space.png. About ten minutes on one core. `--smoke` takes a tiny random model, and leaves nothing.
+results/design_space.png. Some 20 minutes on one core. `--smoke` takes a tiny random model, and leaves nothing.
 """
 
 import argparse

@@ -6,7 +6,7 @@ import math
 import torch
 
 from .psd import psd_sqrt
-from .svd import require_finite, truncated_svd
+from .svd import fix_signs, require_finite, truncated_svd
 
 
 def balanced_modes(size, count):
@@ -177,7 +177,9 @@ def lowered_bond(left, right, roots, bond):
     Returns:
         The two cores, of that bond.
     """
-    basis, values, rows = torch.linalg.svd(roots[0] @ roots[1])
+    found, values, rows = torch.linalg.svd(roots[0] @ roots[1])
+    basis = fix_signs(found)
+    rows = (basis * found).sum(0).sign()[:, None] * rows
     # What is rounding would be blown up.
     live = values[:bond] > torch.finfo(values.dtype).eps * len(values) * values[0]
     scale = torch.where(live, values[:bond].rsqrt(), 0.0)

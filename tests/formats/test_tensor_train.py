@@ -26,13 +26,12 @@ def factors(rows, columns, rank):
     layout = {"out_shape": shapes[rows], "in_shape": shapes[columns]}
     full = full_bonds(*layout.values())
     bonds = full if rank == min(rows, columns) else [min(rank, bond) for bond in full]
-    whole = make_weight(rows, columns), torch.eye(columns, dtype=torch.float64)
-    exact = TensorTrainLinear.from_factors(
-        Factors(*whole, 0.1, layout={**layout, "bonds": bonds}), dtype=torch.float64
-    )
-    pair = exact.exact_weight(), torch.eye(columns, dtype=torch.float64)
+    layout["bonds"] = list(bonds)
+    unit = torch.eye(columns, dtype=torch.float64)
+    whole = Factors(make_weight(rows, columns), unit, 0.1, layout=layout)
+    exact = TensorTrainLinear.from_factors(whole, dtype=torch.float64)
     cores = tuple(core.detach() for core in exact.cores)
-    return Factors(*pair, 0.1, layout=layout, cores=cores)
+    return Factors(exact.exact_weight(), unit, 0.1, layout=layout, cores=cores)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
