@@ -15,6 +15,7 @@ from .base import (
     plain,
     register_format,
 )
+from .conv import LowRankConv
 from .dense_sparse import DenseSparseLinear
 from .low_rank import LowRankLinear
 from .pivoted import PivotedLinear
@@ -31,6 +32,7 @@ __all__ = [
     "DenseView",
     "FormatLinear",
     "LinearFace",
+    "LowRankConv",
     "LowRankLinear",
     "PivotedLinear",
     "SharedBasisLinear",
