@@ -54,6 +54,12 @@ from .integrations import (
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
+from .models import (
+    LinformerConfig,
+    LinformerForMaskedLM,
+    LinformerForSequenceClassification,
+    LinformerModel,
+)
 from .passes import fold_order, merge_linear
 from .recipe import Recipe
 from .reporting import RankProfile, Report, Sample, Summary, rank_profile, report, summary
@@ -82,6 +88,10 @@ __all__ = [
     "Factors",
     "FormatLinear",
     "Latencies",
+    "LinformerConfig",
+    "LinformerForMaskedLM",
+    "LinformerForSequenceClassification",
+    "LinformerModel",
     "LowRankConfig",
     "LowRankConv",
     "LowRankError",
