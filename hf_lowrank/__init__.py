@@ -55,10 +55,18 @@ from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
 from .models import (
+    LamaConfig,
+    LamaForSequenceClassification,
+    LamaModel,
+    LamaPooler,
     LinformerConfig,
     LinformerForMaskedLM,
     LinformerForSequenceClassification,
     LinformerModel,
+    SharedBasisHead,
+    SharedBasisHeadConfig,
+    text_features,
+    zero_shot_head,
 )
 from .passes import fold_order, merge_linear
 from .recipe import Recipe
@@ -87,6 +95,10 @@ __all__ = [
     "FactorizedCheckpoint",
     "Factors",
     "FormatLinear",
+    "LamaConfig",
+    "LamaForSequenceClassification",
+    "LamaModel",
+    "LamaPooler",
     "Latencies",
     "LinformerConfig",
     "LinformerForMaskedLM",
@@ -111,6 +123,8 @@ __all__ = [
     "Report",
     "ResourceError",
     "Sample",
+    "SharedBasisHead",
+    "SharedBasisHeadConfig",
     "SharedBasisLinear",
     "SparseLowRankLinear",
     "Statistic",
@@ -139,10 +153,12 @@ __all__ = [
     "residual_adapter",
     "share_initializers",
     "summary",
+    "text_features",
     "text_samples",
     "to_dense",
     "train_only",
     "truncate",
+    "zero_shot_head",
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")

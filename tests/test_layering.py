@@ -16,7 +16,8 @@ LEVEL = {
     "methods": 4, "allocation": 4, "refine": 4, "kinds": 4, "convolutions": 4.5, "recipe": 5, "surgery": 5, "sizes": 6,
     "factorize": 6, "groups": 6, "replace": 6, "passes": 6, "rewrite": 6,
     "latency": 7, "plan": 7, "truncate": 7, "reporting": 7,
-    "integrations": 8, "models": 8, "training": 9, "tuners": 9, "evaluation": 9, "testing": 10, "cli": 11, "__init__": 12,
+    "integrations": 8, "models": 8, "training": 9, "tuners": 9, "evaluation": 9, "testing": 10, "cli": 11,
+    "__init__": 12,
 }  # fmt: skip
 HOMES = {
     "transformers": {"integrations", "models", "training", "tuners", "testing"},

@@ -148,7 +148,9 @@ def test_starts_from_a_bert_checkpoint(tmp_path):
     config = LinformerConfig(**SIZES, projected_length=6)
     model, info = LinformerForSequenceClassification.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert set(info["missing_keys"]) == {"bert.sequence_projection.weight"}
-    assert torch.equal(model.bert.encoder.layer[1].attention.self.key.weight, bert.bert.encoder.layer[1].attention.self.key.weight)
+    assert torch.equal(
+        model.bert.encoder.layer[1].attention.self.key.weight, bert.bert.encoder.layer[1].attention.self.key.weight
+    )
     deviation = model.bert.sequence_projection.weight.std().item()
     assert abs(deviation - (2 / 30) ** 0.5) < 0.05
 
@@ -178,7 +180,7 @@ def test_trainer_trains_it(tmp_path, checkpointing):
 
     arguments = TrainingArguments(
         tmp_path, max_steps=40, per_device_train_batch_size=16, learning_rate=5e-3, report_to="none", use_cpu=True,
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=checkpointing,
+        save_strategy="no", disable_tqdm=True, activation_checkpointing=checkpointing,
     )  # fmt: skip
     before = {name: p.detach().clone() for name, p in projections(model).items()}
     Trainer(model, arguments, train_dataset=rows, data_collator=collate).train()
