@@ -13,6 +13,7 @@ from ..errors import ConfigError
 
 
 SHARINGS = ("none", "headwise", "key_value", "layerwise")
+STARTS = ("normal", "strided")
 
 
 @strict
@@ -25,6 +26,9 @@ class LinformerConfig(BertConfig):
         sharing (`str`, defaults to `"layerwise"`): which keys and values have a projection in common. `"none"`: each
             head of each layer has one for keys and one for values; `"headwise"`: the heads of a layer share both;
             `"key_value"`: one for all of a layer; `"layerwise"`: one for the whole model.
+        projection_start (`str`, defaults to `"normal"`): `"normal"`, with the variance of Xavier's; or `"strided"`:
+            the i-th sum is of the tokens i, i + k, i + 2 k, ..., which leaves sequences of k tokens as they are. With
+            it, a BERT checkpoint goes on where it was.
         max_position_embeddings (`int`, defaults to 512): the longest input, n; longer ones are refused.
         kwargs: everything else as in `transformers.BertConfig`; decoders are refused.
 
@@ -36,11 +40,15 @@ class LinformerConfig(BertConfig):
 
     projected_length: int | list[int] = 128
     sharing: str = "layerwise"
+    projection_start: str = "normal"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        if self.sharing not in SHARINGS:
-            raise ConfigError(f"`sharing`={self.sharing!r} of LinformerConfig must be one of {list(SHARINGS)}.")
+        for name, allowed in (("sharing", SHARINGS), ("projection_start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"`{name}`={getattr(self, name)!r} of LinformerConfig must be one of {list(allowed)}."
+                )
         if self.is_decoder or self.add_cross_attention:
             raise ConfigError(
                 "Linformer is an encoder: a projected key holds tokens of the whole sequence, later ones too. Leave "
@@ -151,8 +159,8 @@ class LinformerModel(BertModel):
         ConfigError: a longer input, or a mask that is not `(batch, t)`.
 
     Reference:
-        Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, https://arxiv.org/abs/2006.04768. The
-        start of the projections, normal with the variance of Xavier's, is reconstructed.
+        Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, https://arxiv.org/abs/2006.04768. Both
+        starts of the projections are ours: `"normal"` is reconstructed, `"strided"` is not of the paper.
     """
 
     config: LinformerConfig
@@ -171,8 +179,14 @@ class LinformerModel(BertModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, SequenceProjection):
-            init.normal_(module.weight, std=(2 / sum(module.weight.shape[-2:])) ** 0.5)
+        if not isinstance(module, SequenceProjection):
+            return
+        rows, length = module.weight.shape[-2:]
+        if self.config.projection_start == "normal":
+            init.normal_(module.weight, std=(2 / (rows + length)) ** 0.5)
+        else:
+            meets = torch.arange(length) % rows == torch.arange(rows)[:, None]
+            init.copy_(module.weight, meets.to(module.weight).expand_as(module.weight))
 
     def _create_attention_masks(self, attention_mask, encoder_attention_mask, embedding_output, **kwargs):
         batch, length = embedding_output.shape[:2]

@@ -1,7 +1,5 @@
 import pytest
 import torch
-from hub import Hub
-from processes import run
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -183,30 +181,3 @@ def test_trainer_trains_it(recurrent, checkpointing, tmp_path):
     batch = collate(rows)
     labels = batch.pop("labels")
     assert (model.eval()(**batch).logits.argmax(-1) == labels).float().mean() > 0.95
-
-
-PUSH = """
-import sys, torch
-import hf_lowrank
-from transformers import AutoModelForSequenceClassification
-for name, config in (
-    ("lama", hf_lowrank.LamaConfig(vocab_size=50, embedding_size=16, hidden_size=12, num_heads=2)),
-    ("linformer", hf_lowrank.LinformerConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
-        max_position_embeddings=24, projected_length=6)),
-):
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.push_to_hub(f"me/{name}")
-    again = AutoModelForSequenceClassification.from_pretrained(f"me/{name}")
-    x = torch.arange(3, 10)[None]
-    assert type(again) is type(model)
-    assert torch.equal(again(x).logits, model(x).logits)
-"""
-
-
-def test_pushed_and_pulled(tmp_path):
-    with Hub() as hub:
-        done = run(PUSH, **hub.environment(tmp_path))
-        assert done.returncode == 0, done.stderr
-        for name in ("lama", "linformer"):
-            assert {"config.json", "model.safetensors"} <= set(hub.repositories[f"me/{name}"])

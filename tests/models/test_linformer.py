@@ -57,6 +57,16 @@ def test_with_the_identity_as_projection_it_is_bert(sharing, attention):
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_with_a_strided_start_a_sequence_of_k_tokens_meets_bert(sharing):
+    model = make(sharing=sharing, projection_start="strided")
+    bert = BertModel(BertConfig(**SIZES)).eval()
+    bert.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(ids(6))[0], bert(ids(6))[0], rtol=1e-5, atol=1e-5)
+    for weight in projections(model).values():
+        assert torch.equal(weight.sum(-2), torch.ones(weight.shape[:-2] + (24,))), "every token once"
+
+
 def test_padding_contributes_nothing_and_a_shorter_input_is_the_padded_one(sharing):
     model = make(sharing=sharing)
     x = ids(9)
@@ -100,6 +110,7 @@ def test_attention_has_k_columns_and_hidden_states_are_recorded():
         ({"projected_length": [6, 6]}, "one entry for each of 2 layers"),
         ({"projected_length": [6], "sharing": "none"}, "one entry for each of 2 layers"),
         ({"sharing": "heads"}, r"`sharing`='heads' of LinformerConfig must be one of"),
+        ({"projection_start": "zero"}, "`projection_start`='zero' of LinformerConfig"),
         ({"is_decoder": True}, "Linformer is an encoder"),
     ],
 )
