@@ -38,6 +38,7 @@ from .formats import (
     DenseSparseLinear,
     FormatLinear,
     HybridRowsLinear,
+    LowRankConv,
     LowRankLinear,
     MultiResolutionLinear,
     PivotedLinear,
@@ -52,6 +53,7 @@ from .integrations import (
     FactorizedCheckpoint,
     LowRankConfig,
     LowRankQuantizer,
+    auto_fact,
     calibrate_checkpoint,
     collect_statistics,
     factorize,
@@ -66,6 +68,20 @@ from .integrations import (
 from .integrations.autoload import register_tuners
 from .latency import Latencies, measure_latencies
 from .methods import METHODS, Factors, Method, register_method
+from .models import (
+    LamaConfig,
+    LamaForSequenceClassification,
+    LamaModel,
+    LamaPooler,
+    LinformerConfig,
+    LinformerForMaskedLM,
+    LinformerForSequenceClassification,
+    LinformerModel,
+    SharedBasisHead,
+    SharedBasisHeadConfig,
+    text_features,
+    zero_shot_head,
+)
 from .passes import fold_order, merge_linear
 from .recipe import Recipe
 from .reporting import RankProfile, Report, Sample, Summary, rank_profile, report, summary
@@ -95,8 +111,17 @@ __all__ = [
     "Factors",
     "FormatLinear",
     "HybridRowsLinear",
+    "LamaConfig",
+    "LamaForSequenceClassification",
+    "LamaModel",
+    "LamaPooler",
     "Latencies",
+    "LinformerConfig",
+    "LinformerForMaskedLM",
+    "LinformerForSequenceClassification",
+    "LinformerModel",
     "LowRankConfig",
+    "LowRankConv",
     "LowRankError",
     "LowRankLinear",
     "LowRankQuantizer",
@@ -115,6 +140,8 @@ __all__ = [
     "Report",
     "ResourceError",
     "Sample",
+    "SharedBasisHead",
+    "SharedBasisHeadConfig",
     "SharedBasisLinear",
     "SparseLowRankLinear",
     "Statistic",
@@ -127,6 +154,7 @@ __all__ = [
     "TensorTrainLinear",
     "UnknownNameError",
     "WeightedBasesLinear",
+    "auto_fact",
     "calibrate_checkpoint",
     "collect_statistics",
     "evaluate",
@@ -147,10 +175,12 @@ __all__ = [
     "share_initializers",
     "summary",
     "sweep",
+    "text_features",
     "text_samples",
     "to_dense",
     "train_only",
     "truncate",
+    "zero_shot_head",
 ]
 
 NEED_PEFT = ("MixedRankConfig", "MixedRankModel", "WaraConfig", "WaraModel")

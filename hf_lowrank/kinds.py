@@ -55,8 +55,10 @@ class LinearKind:
         transposed (`bool`): the weight is stored as `(in, out)`.
     """
 
-    # Whether a site is a whole module; experts keep several sites in one.
+    # Whether a site is a whole linear module; experts keep several sites in one, and convolutions see patches.
     single = True
+    # Whether inputs are not rows, but rows are cut out of them.
+    convolution = False
     # The grouped kernels of experts want aligned rows; plain linears take any rank.
     min_rank_multiple = 1
     # Formats that can hold such a site; None for all.

@@ -113,6 +113,8 @@ def make_plan(model, recipe, available=None, measured=None):
             f"`target_modules`={recipe.target_modules!r} leaves no linear layer to factorize after `exclude_modules`="
             f"{recipe.exclude_modules!r}; widen the one or narrow the other."
         )
+    for site in sites:
+        _check_convolution(site, recipe)
     sites = group_sites(model, sites, recipe.method)
     fixed = _fixed_ranks(sites, recipe.rank_pattern)
     if recipe.rank is not None:
@@ -291,9 +293,25 @@ def _first_not_cheaper(cost, dense_cost, limit):
 def _check_shift(site, recipe):
     if recipe.method.shifts and not site.kind.takes_shift:
         raise ConfigError(
-            f"`method`={recipe.method.name!r} changes biases, and {site.name} holds several weights without a place "
-            "for them; leave it out with `exclude_modules`, or choose a method or an option that changes none."
+            f"`method`={recipe.method.name!r} changes biases, and {site.name} has no place for them; leave "
+            "it out with `exclude_modules`, or choose a method or an option that changes none."
         )
+
+
+def _check_convolution(site, recipe):
+    if not site.kind.convolution:
+        return
+    refused = (
+        (recipe.method.anchored, "method", recipe.method, "compares the inputs of linear layers"),
+        (recipe.refine is not None, "refine", recipe.refine, "trains blocks of linear layers"),
+        (recipe.needs_latencies, "allocation", recipe.allocation, "counts the time of linear layers"),
+    )
+    for applies, argument, value, does in refused:
+        if applies:
+            raise ConfigError(
+                f"`{argument}`={value.name!r} {does}, and {site.name} is a convolution; leave it dense with "
+                f"`exclude_modules`, or choose another `{argument}`."
+            )
 
 
 def _rank_step(site, recipe):

@@ -44,7 +44,8 @@ class Recipe:
             a dictionary `"dense_sparse"`).
         rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
-            and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.
+            and tied weights; `"all-layers"`, convolutions too; or a regular expression for full names; or a list of
+            names or dotted suffixes.
         exclude_modules (`str` or `list[str]`, *optional*): what to leave dense, by the same rule.
         calibration (*optional*, defaults to `"self"`): where statistics come from, for methods that need them:
             `"self"` (text sampled from the model itself), a data set id, a `.jsonl` or `.txt` file, a list of texts,

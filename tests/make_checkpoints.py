@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import ConvNextConfig, ConvNextForImageClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_lowrank import LowRankConfig, WeightedBasesLinear, factorize, fold_order, prune_channels
 
@@ -23,6 +23,8 @@ RECIPES = {
     "pivoted_v1": {**OPTIONS, "format": "pivoted"},
     # Layers without an order beside others that have one.
     "pivoted_v1_folded": {**OPTIONS, "format": "pivoted"},
+    # Convolutions, with groups and without, beside linears.
+    "low_rank_v1_conv": {**OPTIONS, "target_modules": "all-layers", "rank_pattern": {"dwconv": 1}},
     # Layers with a bias where the architecture has none.
     "low_rank_v1_bias": {**OPTIONS, "method": "feature_pca", "calibration": TOKENS},
     # Groups, and layers that share with none.
@@ -47,7 +49,30 @@ RECIPES = {
     # In the middle of a run: a basis is out, and others are added.
     "weighted_bases_v1": {**OPTIONS, "format": "weighted_bases"},
 }
-INPUT = [[3, 1, 4, 1, 5]]
+INPUTS = {
+    "input_ids": torch.tensor([[3, 1, 4, 1, 5]]),
+    "pixel_values": torch.linspace(-1, 1, 3 * 16 * 16).sin().view(1, 3, 16, 16),
+}
+
+
+def make_dense(name):
+    """The model that a checkpoint is made from."""
+    if name.endswith("_conv"):
+        config = ConvNextConfig(
+            hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=4, num_labels=3, num_channels=3
+        )
+        return ConvNextForImageClassification(config).eval()
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def logits_of(model):
+    """What a checkpoint has to give for the fixed input of its kind."""
+    with torch.no_grad():
+        return model(**{model.main_input_name: INPUTS[model.main_input_name]}).logits
 
 
 def main(name):
@@ -56,11 +81,7 @@ def main(name):
     if folder.exists():
         raise SystemExit(f"{folder} exists; checkpoints are never overwritten")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    model = make_dense(name)
     if RECIPES[name] is None:
         prune_channels(model, param_ratio=0.5, calibration=TOKENS)
     else:
@@ -76,8 +97,7 @@ def main(name):
             layer.add_bases(2, torch.Generator().manual_seed(1))
             torch.nn.init.normal_(layer.added_left.weight, std=0.1)
     model.save_pretrained(folder)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor(INPUT)).logits
+    logits = logits_of(model)
     (folder / "logits.txt").write_text("\n".join(str(v) for v in logits.flatten().tolist()) + "\n")
 
 

@@ -117,6 +117,24 @@ def test_factorize_from_command_line(tmp_path):
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"dense", "kept-0.8"}
 
 
+@pytest.mark.parametrize("model", ["linformer", "lama"])
+def test_low_rank_attention(model):
+    done = run(sys.executable, "examples/low_rank_attention.py", "--smoke", "--model", model)
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"accuracy (\d\.\d+)", done.stdout)
+    assert before == after
+    assert float(before) > 0.8
+
+
+def test_sequence_length():
+    done = run(sys.executable, "examples/benchmarks/sequence_length.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^  (full|low rank|linformer|linformer, low rank) +16(?: +\d+\.\d\d| +-){4}$", done.stdout, re.M
+    )
+    assert rows == ["full", "low rank", "linformer", "linformer, low rank"] * 2
+
+
 def test_commands_in_the_readmes_name_files_that_exist():
     documents = ("README.md", "CONTRIBUTING.md", "examples/README.md", *sorted((ROOT / "docs").glob("*.md")))
     for readme in documents:

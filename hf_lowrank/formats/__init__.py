@@ -16,6 +16,7 @@ from .base import (
     plain,
     register_format,
 )
+from .conv import LowRankConv
 from .dense import DenseLinear
 from .dense_sparse import DenseSparseLinear
 from .hybrid_rows import HybridRowsLinear
@@ -39,6 +40,7 @@ __all__ = [
     "HybridRowsLinear",
     "LendingLinear",
     "LinearFace",
+    "LowRankConv",
     "LowRankLinear",
     "MultiResolutionLinear",
     "PivotedLinear",

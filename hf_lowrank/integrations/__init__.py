@@ -5,6 +5,7 @@ import logging
 from transformers.utils import logging as transformers_logging
 
 from . import conv1d, experts
+from .auto_fact import auto_fact
 from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
@@ -33,6 +34,7 @@ __all__ = [
     "FactorizedCheckpoint",
     "LowRankConfig",
     "LowRankQuantizer",
+    "auto_fact",
     "calibrate_checkpoint",
     "collect_statistics",
     "conv1d",

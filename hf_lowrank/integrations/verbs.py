@@ -1,9 +1,11 @@
 """The verbs for models in memory: factorize, collect_statistics, to_dense."""
 
 import os
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError, ConfigError, LowRankError
@@ -12,7 +14,7 @@ from ..linalg import require_finite
 from ..plan import make_plan
 from ..recipe import Recipe
 from ..replace import Made, put
-from ..surgery import factorized, match_sites
+from ..surgery import all_sites, factorized, match_sites
 from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
@@ -28,14 +30,15 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     """Factorize a model in memory, in place.
 
     Args:
-        model (`torch.nn.Module`): any module with linears inside; transformers models can be saved afterwards and
-            load with plain `from_pretrained`.
+        model (`torch.nn.Module`): any module with linears or convolutions inside; transformers models can be saved
+            afterwards and load with plain `from_pretrained`. One that is itself a layer is called `root`, in
+            `rank_pattern` and in messages.
         config ([`LowRankConfig`], *optional*): how; the default configuration if not given.
         calibration (*optional*): overrides `config.calibration`; also takes collected [`Statistics`].
         tokenizer (*optional*): for calibration texts; by default the one at `model.name_or_path`.
 
     Returns:
-        The same model.
+        The same model; of a model that is itself a layer, the factorized one.
 
     Raises:
         LowRankError: of the kind that fits; the model is as it was, since everything is checked first.
@@ -50,7 +53,15 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
             "of your own, save, and call from_pretrained(folder, quantization_config=...)."
         )
     calibration = config.calibration if calibration is None else calibration
+    if any(site.name == "" for site in all_sites(model)):
+        held = _held(model)
+        return factorize_in_memory(held, config, calibration, tokenizer_for(model, tokenizer)).root
     return factorize_in_memory(model, config, calibration, tokenizer_for(model, tokenizer))
+
+
+def _held(layer):
+    """A module with `layer` inside, where it can be replaced."""
+    return nn.Sequential(OrderedDict(root=layer)).train(layer.training)
 
 
 def factorize_in_memory(model, config, calibration, tokenizer, available=None):
@@ -204,11 +215,14 @@ def to_dense(model):
         model (`torch.nn.Module`): factorized; others are returned as they are.
 
     Returns:
-        The same model, with weights of the original shapes and the error of the factorization in them. Layers whose
+        The same model (of a factorized layer, a dense one), with weights of the original shapes and the error of the
+        factorization in them. Layers whose
         bias was added by a method (`feature_pca`) keep it, with a warning: a dense checkpoint of an architecture
         without biases has no place for it, and loading one would lose it.
     """
     refuse_offloaded(model)
+    if "" in factorized(model):
+        return to_dense(_held(model)).root
     multiply_out(model)
     for part in outermost_pretrained(model):
         if isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):

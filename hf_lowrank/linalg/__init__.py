@@ -4,6 +4,7 @@ from .blocks import difference_energy, times
 from .cp import cp_als, cp_product
 from .kronecker import merge_modes, middle_factors, split_modes
 from .multi_resolution import Level, Terms, fit_level, multi_resolution
+from .nonnegative import nonnegative, semi_nonnegative
 from .pivoting import row_basis
 from .precision import shortened
 from .projection import energy_rank, low_rank_projection
@@ -11,7 +12,14 @@ from .psd import psd_safe_cholesky, psd_sqrt, shrink
 from .selection import largest
 from .sparse import flat_places, largest_entries, sparse_matrix
 from .sparse_coding import best_atoms, better_codes, orthonormal_atoms, pursue, refit_atoms, strongest
-from .svd import balanced, product_singular_values, require_finite, singular_energies, truncated_svd
+from .svd import (
+    balanced,
+    product_singular_values,
+    randomized_svd,
+    require_finite,
+    singular_energies,
+    truncated_svd,
+)
 from .tensor_train import (
     balanced_modes,
     bond_cores,
@@ -55,6 +63,7 @@ __all__ = [
     "merge_modes",
     "middle_factors",
     "multi_resolution",
+    "nonnegative",
     "orthogonal_wavelets",
     "orthonormal_atoms",
     "output_energies",
@@ -63,9 +72,11 @@ __all__ = [
     "psd_safe_cholesky",
     "psd_sqrt",
     "pursue",
+    "randomized_svd",
     "refit_atoms",
     "require_finite",
     "row_basis",
+    "semi_nonnegative",
     "shortened",
     "shrink",
     "singular_energies",

@@ -97,6 +97,13 @@ class Method:
         """How many of `rank` rows of `right` one row of the weight combines; fewer than all where `left` is sparse."""
         return rank
 
+    def bound(self, rank):
+        """The rank of a plain SVD whose error is never exceeded, in the method's objective; by default `terms`.
+
+        Of a method that says 0, only that it beats the zero matrix.
+        """
+        return self.terms(rank)
+
     def layout(self, out_features, in_features, rank):
         """What the spec of a layer of this shape says beside its format and rank: a JSON dict, `{}` by default."""
         return {}
