@@ -17,7 +17,7 @@ class Compot(WhitenedDictionary):
     no step makes the error larger, and it is never above that of [`WhitenedSVD`] at rank `floor(r / rho)`; with
     `rho=1` it is that. The rank of a layer is the number of its atoms.
 
-    Of equal numbers stored as [`CoSpaDi`], and ten times faster or more.
+    As [`CoSpaDi`] of the same size it leaves a little more, and is many times faster.
 
     Args:
         rho (`float`, defaults to 2.0): atoms for each that a row has, at least 1.
