@@ -48,7 +48,11 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
     target = None if format is None else FORMATS.listed(format)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, FormatLinear)}
     if not found:
-        kind = "only factorized experts, whose ranks are fixed" if factorized(model) else "no factorized layer"
+        kind = (
+            "only factorized experts and convolutions, whose ranks are fixed"
+            if factorized(model)
+            else "no factorized layer"
+        )
         raise TargetError(f"The model has {kind}; nothing can be truncated.")
     ranks = _ranks(found, rank, rank_pattern or {})
     lenders = {id(layer.lender) for layer in found.values() if getattr(layer, "lender", None) is not None}

@@ -57,7 +57,6 @@ def test_with_the_identity_as_projection_it_is_bert(sharing, attention):
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("sharing", SHARINGS)
 def test_with_a_strided_start_a_sequence_of_k_tokens_meets_bert(sharing):
     model = make(sharing=sharing, projection_start="strided")
     bert = BertModel(BertConfig(**SIZES)).eval()
@@ -67,6 +66,7 @@ def test_with_a_strided_start_a_sequence_of_k_tokens_meets_bert(sharing):
         assert torch.equal(weight.sum(-2), torch.ones(weight.shape[:-2] + (24,))), "every token once"
 
 
+@pytest.mark.parametrize("sharing", SHARINGS)
 def test_padding_contributes_nothing_and_a_shorter_input_is_the_padded_one(sharing):
     model = make(sharing=sharing)
     x = ids(9)
