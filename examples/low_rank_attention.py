@@ -26,7 +26,7 @@ from hf_lowrank import LamaConfig, LamaForSequenceClassification, LinformerConfi
 
 
 RATES = {"linformer": 1e-4, "lama": 5e-5, "gru": 2e-3}
-STEPS = {"linformer": 150, "lama": 150, "gru": 1500}
+STEPS = {"linformer": 200, "lama": 200, "gru": 1500}
 
 
 def linformer(task, smoke):
