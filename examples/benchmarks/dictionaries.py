@@ -11,7 +11,7 @@ Grams of 96 x 256 tokens of `calib_wikipedia/train.jsonl` are what methods see; 
 
 of factors in float64, and of what bfloat16 makes of them. Every variant stores at most `ratio` of the numbers of the
 weight, masks counted in words of two bytes; `--accounting effective` counts none for dictionaries, as the paper does.
-K-SVD and MOD make 8 sweeps, which is few: the paper makes 60.
+K-SVD and MOD make 8 sweeps, which is few: the paper makes 60. Seconds are those of the clock.
 
 `--end-to-end` factorizes every linear of the blocks at the first ratio, all to the same ratio each, and measures
 perplexity on `wikitext2`, in bfloat16, with seconds of factorizing: two factors by SVD and by SVD-LLM, the same in
