@@ -6,7 +6,7 @@ import torch
 
 from .blocks import block_names
 from .errors import ConfigError, TargetError
-from .formats import SharedBasisLinear
+from .formats import DenseSparseLinear, SharedBasisLinear
 from .kinds import LinearKind, Site
 from .surgery import all_sites, matches
 
@@ -30,7 +30,7 @@ class GroupKind(LinearKind):
     """
 
     single = False
-    formats = (SharedBasisLinear.name,)
+    formats = (SharedBasisLinear.name, DenseSparseLinear.name)
     # A shift belongs to one bias.
     takes_shift = False
 

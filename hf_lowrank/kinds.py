@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .checks import is_integer
 from .errors import CheckpointError, RankError
 from .formats import FORMATS
 
@@ -54,8 +55,10 @@ class LinearKind:
         transposed (`bool`): the weight is stored as `(in, out)`.
     """
 
-    # Whether a site is a whole module; experts keep several sites in one.
+    # Whether a site is a whole linear module; experts keep several sites in one, and convolutions see patches.
     single = True
+    # Whether inputs are not rows, but rows are cut out of them.
+    convolution = False
     # The grouped kernels of experts want aligned rows; plain linears take any rank.
     min_rank_multiple = 1
     # Formats that can hold such a site; None for all.
@@ -103,11 +106,12 @@ class LinearKind:
         """Put an empty module in the format `spec` describes, on the meta device, into `model`."""
         format = FORMATS[spec["format"]]
         added = spec.get("bias") is True and not site.bias
+        out_features, in_features = _widths(spec, site)
         try:
             layer = format.from_spec(
                 spec,
-                site.in_features,
-                site.out_features,
+                in_features,
+                out_features,
                 site.bias or added,
                 transposed=self.transposed,
                 device="meta",
@@ -117,6 +121,7 @@ class LinearKind:
             raise RankError(f"{site.name}: {error}") from error
         layer.relative_error = spec.get("relative_error")
         layer.added_bias = added
+        layer.replaced_shape = site.out_features, site.in_features
         layer.train(model.get_submodule(site.name).training)
         model.set_submodule(site.name, layer)
 
@@ -150,6 +155,9 @@ class LinearKind:
         """What the checkpoint has to say about the factorized site `name`."""
         layer = model.get_submodule(name)
         spec = {**layer.spec(), "bias": True} if layer.added_bias else layer.spec()
+        widths = {"out_features": layer.out_features, "in_features": layer.in_features}
+        if tuple(widths.values()) != layer.replaced_shape:
+            spec = {**spec, **widths}
         lender = getattr(layer, "lender", None)
         if lender is None:
             return spec
@@ -188,19 +196,19 @@ class LinearKind:
         return [model.get_submodule(name).factors()]
 
     def dense_shape(self, model, name):
-        """`(copies, out, in)` of a factorized site."""
-        layer = model.get_submodule(name)
-        return 1, layer.out_features, layer.in_features
+        """`(copies, out, in)` of the weight that a factorized site had."""
+        return 1, *model.get_submodule(name).replaced_shape
 
     def to_dense(self, model, name):
         """Put an ordinary layer of this kind back."""
         layer = model.get_submodule(name)
-        weight = layer.weight.materialize()
-        dense = self.empty(layer.in_features, layer.out_features, layer.bias is not None)
+        weight, bias = layer.replacement()
+        rows, columns = layer.replaced_shape
+        dense = self.empty(columns, rows, bias is not None)
         trainable = any(p.requires_grad for p in self.stored(model, name).values())
-        dense.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=trainable)
-        if layer.bias is not None:
-            dense.bias = layer.bias
+        dense.weight = nn.Parameter(weight, requires_grad=trainable)
+        if bias is not None:
+            dense.bias = bias
         dense.train(layer.training)
         model.set_submodule(name, dense)
 
@@ -220,6 +228,18 @@ class LinearKind:
             yield
         finally:
             handle.remove()
+
+
+def _widths(spec, site):
+    """`(out, in)` that a spec gives: those of the site, unless channels were pruned."""
+    found = spec.get("out_features", site.out_features), spec.get("in_features", site.in_features)
+    for name, width, most in zip(("out", "in"), found, (site.out_features, site.in_features), strict=True):
+        if not is_integer(width, 1) or width > most:
+            raise CheckpointError(
+                f"`{name}_features`={width!r} of {site.name} must be an integer in 1..{most}, the width in the "
+                "architecture. The checkpoint may be damaged: download or save it again."
+            )
+    return found
 
 
 LINEAR_KINDS = [LinearKind(nn.Linear)]

@@ -113,6 +113,8 @@ def make_plan(model, recipe, available=None, measured=None):
             f"`target_modules`={recipe.target_modules!r} leaves no linear layer to factorize after `exclude_modules`="
             f"{recipe.exclude_modules!r}; widen the one or narrow the other."
         )
+    for site in sites:
+        _check_convolution(site, recipe)
     sites = group_sites(model, sites, recipe.method)
     fixed = _fixed_ranks(sites, recipe.rank_pattern)
     if recipe.rank is not None:
@@ -222,6 +224,7 @@ def _candidate(model, site, recipe, measured):
     least = _rank_step(site, recipe)
     curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
     cost, dense_cost = _costs(model, site, format, recipe, measured)
+    limit = _limit(model, site, format, recipe.method)
     times = measured.latencies.of(*shape) if recipe.needs_latencies and measured.latencies is not None else None
     return Candidate(
         name=site.name,
@@ -231,13 +234,25 @@ def _candidate(model, site, recipe, measured):
         rank_multiple=math.lcm(recipe.rank_multiple, least),
         least_rank=least,
         cost=cost,
-        break_even=_first_not_cheaper(cost, dense_cost, format.break_even(*shape, recipe.method.layout)),
+        break_even=_first_not_cheaper(cost, dense_cost, limit),
         curve=None if curve is None else curve[1:].tolist(),
         total=None if curve is None else float(curve[0]),
         dense_cost=dense_cost,
         time=None if times is None else times.at,
         dense_time=None if times is None else times.dense,
     )
+
+
+def _limit(model, site, format, method):
+    """The lowest rank at which nothing is saved: in the numbers that budgets count, or in bytes."""
+    shape, size = (site.out_features, site.in_features), model.get_parameter(site.weight_name).element_size()
+
+    def stored(rank):
+        return format.stored_bytes(*shape, rank, size, **method.layout(*shape, rank))
+
+    dense = shape[0] * shape[1]
+    limit = _first_not_cheaper(functools.partial(method.counted, format, *shape), dense, min(shape) + 1)
+    return _first_not_cheaper(stored, size * dense, limit)
 
 
 def _costs(model, site, format, recipe, measured):
@@ -260,7 +275,7 @@ def _costs(model, site, format, recipe, measured):
     if recipe.allocation.cost == "latency" and recipe.needs_latencies and measured.latencies is not None:
         times = measured.latencies.of(*shape)
         return lambda rank: site.copies * times.at(rank), site.copies * times.dense
-    return lambda rank: site.copies * (format.cost(*shape, rank, **layout(rank)) + bias), dense
+    return lambda rank: site.copies * (recipe.method.counted(format, *shape, rank) + bias), dense
 
 
 def _first_not_cheaper(cost, dense_cost, limit):
@@ -278,9 +293,25 @@ def _first_not_cheaper(cost, dense_cost, limit):
 def _check_shift(site, recipe):
     if recipe.method.shifts and not site.kind.takes_shift:
         raise ConfigError(
-            f"`method`={recipe.method.name!r} changes biases, and {site.name} holds several weights without a place "
-            "for them; leave it out with `exclude_modules`, or choose a method or an option that changes none."
+            f"`method`={recipe.method.name!r} changes biases, and {site.name} has no place for them; leave "
+            "it out with `exclude_modules`, or choose a method or an option that changes none."
         )
+
+
+def _check_convolution(site, recipe):
+    if not site.kind.convolution:
+        return
+    refused = (
+        (recipe.method.anchored, "method", recipe.method, "compares the inputs of linear layers"),
+        (recipe.refine is not None, "refine", recipe.refine, "trains blocks of linear layers"),
+        (recipe.needs_latencies, "allocation", recipe.allocation, "counts the time of linear layers"),
+    )
+    for applies, argument, value, does in refused:
+        if applies:
+            raise ConfigError(
+                f"`{argument}`={value.name!r} {does}, and {site.name} is a convolution; leave it dense with "
+                f"`exclude_modules`, or choose another `{argument}`."
+            )
 
 
 def _rank_step(site, recipe):

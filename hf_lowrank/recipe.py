@@ -40,10 +40,12 @@ class Recipe:
         allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of the budget; by default what
             suits the method: `"knapsack"` for `kfac_svd`, whose errors compare between layers, else `"uniform"`.
         format (`str`, *optional*): how factors are stored; by default the method's own format, or one that the layer
-            can take (experts are always `"low_rank"`, weights that share a factor `"shared_basis"`).
+            can take (experts are always `"low_rank"`, weights that share a factor `"shared_basis"`, those that share
+            a dictionary `"dense_sparse"`).
         rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
-            and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.
+            and tied weights; `"all-layers"`, convolutions too; or a regular expression for full names; or a list of
+            names or dotted suffixes.
         exclude_modules (`str` or `list[str]`, *optional*): what to leave dense, by the same rule.
         calibration (*optional*, defaults to `"self"`): where statistics come from, for methods that need them:
             `"self"` (text sampled from the model itself), a data set id, a `.jsonl` or `.txt` file, a list of texts,
@@ -80,7 +82,7 @@ class Recipe:
         self.method = METHODS.build(self.method)
         self.allocation = ALLOCATORS.build(self.method.allocation if self.allocation is None else self.allocation)
         if self.format is not None:
-            FORMATS[self.format]
+            FORMATS.listed(self.format)
             if self.method.only_format and self.format != self.method.format:
                 raise ConfigError(
                     f"`format`={self.format!r} cannot hold what `method`={self.method.name!r} makes, which is "

@@ -17,15 +17,22 @@ class Registry:
     def __init__(self, kind):
         self.kind = kind
         self._classes = {}
+        # What is found by its name, and is nothing that a user could choose.
+        self._unlisted = set()
 
-    def register(self, name):
-        """Class decorator that enters the class under `name` and sets its `name` attribute."""
+    def register(self, name, listed=True):
+        """Class decorator that enters the class under `name` and sets its `name` attribute.
+
+        One that is not `listed` is found, so that checkpoints can name it, but not offered.
+        """
 
         def enter(cls):
             if name in self._classes and self._classes[name] is not cls:
                 raise ConfigError(f"{self.kind} {name!r} is already registered by {self._classes[name].__qualname__}.")
             cls.name = name
             self._classes[name] = cls
+            if not listed:
+                self._unlisted.add(name)
             return cls
 
         return enter
@@ -39,8 +46,14 @@ class Registry:
         return name in self._classes
 
     def names(self):
-        """All registered names, sorted."""
-        return sorted(self._classes)
+        """All listed names, sorted."""
+        return sorted(self._classes.keys() - self._unlisted)
+
+    def listed(self, name):
+        """The class under a name that is listed; refuses others."""
+        if name in self._unlisted:
+            raise UnknownNameError(f"{self.kind} {name!r} cannot be chosen; choose one of {self.names()}.")
+        return self[name]
 
     def build(self, value):
         """An instance from a name, from `{"name": ..., **options}` or from an instance (returned as it is)."""

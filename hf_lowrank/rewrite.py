@@ -7,7 +7,7 @@ from torch import nn
 
 from .errors import ComputedWeightError
 from .formats import FORMATS, exact_factors
-from .linalg import flat_places, require_finite, sparse_matrix
+from .linalg import Terms, flat_places, require_finite, sparse_matrix
 from .methods import Factors
 
 
@@ -80,13 +80,19 @@ def absorb(layer, weight, bias=None, updates=(), peers=()):
         rest = layer.rest()
         found = (*exact_factors(wide if rest is None else wide - rest, eps), rest)
     left, right, rest = found
+    before = _numbers(layer)
     replace_factors(layer, left, right, bias, peers, rest)
-    if sum(t.numel() for name, t in layer.state_dict().items() if name != layer.bias_name) >= wide.numel():
+    if _numbers(layer) >= max(wide.numel(), before + 1):
         warnings.warn(
             "Factorized layers have grown to the size of dense ones, which they compute slower; lower their rank with "
             "hf_lowrank.truncate(model, rank), or call hf_lowrank.to_dense(model).",
             stacklevel=2,
         )
+
+
+def _numbers(layer):
+    """What `layer` stores beside its bias."""
+    return sum(tensor.numel() for name, tensor in layer.state_dict().items() if name != layer.bias_name)
 
 
 def replace_factors(layer, left, right, bias=None, peers=(), rest=None):
@@ -149,6 +155,9 @@ def _appended(layer, updates, weight, eps):
         return None
     if (product - weight).norm() <= tolerance:
         return left, right, rest
+    if isinstance(rest, Terms):
+        # Rows of these cannot be scaled one by one.
+        return None
     return scale * left, right, None if rest is None else _scaled(rest, scale[:, 0])
 
 
@@ -172,5 +181,5 @@ def _adopt(module, made, trainable):
             children[name] = own
     for table, content in zip(TABLES, (made._parameters, made._buffers, children), strict=True):
         _fill(module, table, content)
-    kept = COMMON | {"added_bias"}
+    kept = COMMON | {"added_bias", "replaced_shape"}
     vars(module).update({key: value for key, value in vars(made).items() if key not in kept})

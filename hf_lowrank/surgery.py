@@ -4,9 +4,14 @@ import re
 
 from torch import nn
 
+from .convolutions import conv_kind
 from .errors import CheckpointError, ConfigError, TargetError
-from .formats import FormatLinear
+from .formats import FormatLinear, LowRankConv
 from .kinds import dense_kind, kind_of
+
+
+# What `target_modules` says instead of names.
+ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
 
 def all_sites(model):
@@ -25,6 +30,8 @@ def factorized(model):
     for name, module in model.named_modules():
         if isinstance(module, FormatLinear):
             found[name] = dense_kind(module)
+        elif isinstance(module, LowRankConv):
+            found[name] = conv_kind(module)
         else:
             for site_name in sorted(getattr(module, "lowrank_sites", ())):
                 found[f"{name}.{site_name}" if name else site_name] = module.lowrank_kind
@@ -42,7 +49,7 @@ def tied_weights(model):
 
 
 def default_exclusions(model):
-    """Names that `"all-linear"` leaves alone: embeddings' linears, output heads, and tied weights.
+    """Names that `"all-linear"` and `"all-layers"` leave alone: embeddings' linears, output heads, and tied weights.
 
     A head is the output embedding and, where a model declares its base (`base_model_prefix`), every linear outside it.
     """
@@ -80,7 +87,8 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
     Args:
         model (`torch.nn.Module`): any module that has linears inside.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
-            and tied weights; or a regular expression for full names; or a list of names or dotted suffixes.
+            and tied weights; `"all-layers"`, convolutions too; or a regular expression for full names; or a list of
+            names or dotted suffixes.
         exclude_modules (`str` or `list[str]`, *optional*): what to leave out of these, by the same rule.
 
     Raises:
@@ -89,17 +97,15 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
     sites = all_sites(model)
     names = [site.name for site in sites]
     if "" in names:
-        raise TargetError(
-            "The model is itself a linear layer; put it into a module, such as torch.nn.Sequential(layer)."
-        )
+        raise TargetError("The model is itself one layer; put it into a module, such as torch.nn.Sequential(layer).")
     for argument, pattern in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         for entry in [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern or ()]:
-            if entry != "all-linear" and not any(_hits(entry, name, argument) for name in names):
+            if entry not in (ALL_LINEAR, ALL_LAYERS) and not any(_hits(entry, name, argument) for name in names):
                 raise TargetError(
-                    f"`{argument}`={entry if isinstance(entry, str) else entry[0]!r} matches no linear layer; the "
-                    f"model has {len(names)}, such as {', '.join(names[:3]) or 'none at all'}."
+                    f"`{argument}`={entry if isinstance(entry, str) else entry[0]!r} matches no linear layer "
+                    f"or convolution; the model has {len(names)}, such as {', '.join(names[:3]) or 'none at all'}."
                 )
-    if target_modules != "all-linear":
+    if target_modules not in (ALL_LINEAR, ALL_LAYERS):
         tied = tied_weights(model)
         for site in sites:
             if site.weight_name in tied and _hits(target_modules, site.name, "target_modules"):
@@ -113,9 +119,11 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
 def selected_sites(model, target_modules="all-linear", exclude_modules=None):
     """What [`match_sites`] gives, without its checks, which a model that is factorized already may not pass."""
     sites = all_sites(model)
-    if target_modules == "all-linear":
+    if target_modules in (ALL_LINEAR, ALL_LAYERS):
         skip = default_exclusions(model)
         sites = [site for site in sites if site.name not in skip]
+        if target_modules == ALL_LINEAR:
+            sites = [site for site in sites if not site.kind.convolution]
     else:
         sites = [site for site in sites if _hits(target_modules, site.name, "target_modules")]
     if exclude_modules:

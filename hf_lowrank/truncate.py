@@ -45,10 +45,14 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
     for found, why in unfit:
         if found:
             raise ConfigError(f"`method`={method.name!r} {why}; choose 'svd', or 'whitened_svd' with statistics.")
-    target = None if format is None else FORMATS[format]
+    target = None if format is None else FORMATS.listed(format)
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, FormatLinear)}
     if not found:
-        kind = "only factorized experts, whose ranks are fixed" if factorized(model) else "no factorized layer"
+        kind = (
+            "only factorized experts and convolutions, whose ranks are fixed"
+            if factorized(model)
+            else "no factorized layer"
+        )
         raise TargetError(f"The model has {kind}; nothing can be truncated.")
     ranks = _ranks(found, rank, rank_pattern or {})
     lenders = {id(layer.lender) for layer in found.values() if getattr(layer, "lender", None) is not None}
@@ -116,4 +120,5 @@ def _in_format(format, layer, factors):
     trainable = any(parameter.requires_grad for parameter in layer.parameters())
     made.requires_grad_(trainable).train(layer.training)
     made.added_bias, made.relative_error = layer.added_bias, None
+    made.replaced_shape = layer.replaced_shape
     return made

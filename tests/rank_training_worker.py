@@ -12,14 +12,16 @@ import torch
 from callback_worker import DEFAULTS, Kill, examples, leave
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_lowrank import LowRankConfig, factorize
+from hf_lowrank import LowRankConfig, TensorTrainLinear, factorize
 from hf_lowrank.testing import tiny_model
 from hf_lowrank.training import (
     BasisSelectionCallback,
+    DimensionSqueezingCallback,
     MaestroCallback,
     MaestroTrainer,
     SequentialFreezingCallback,
 )
+from hf_lowrank.training.dimension_squeezing import live_bonds
 
 
 class Note(TrainerCallback):
@@ -37,11 +39,13 @@ class Note(TrainerCallback):
                 found[name] = int((module.scale != 0).sum())
             if name.endswith((".left", ".right")) and not module.weight.requires_grad:
                 found[name] = "rests"
+            if isinstance(module, TensorTrainLinear):
+                found[name] = live_bonds(module)
         self.steps.append(found)
 
 
 def make(setup, folder, callbacks=(), kind=None, callback=None, model=None, **options):
-    """A trainer of a tiny model: `maestro`, `full_pass`, `basis` or `freezing`."""
+    """A trainer of a tiny model: `maestro`, `full_pass`, `basis`, `squeezing` or `freezing`."""
     model = tiny_model("llama")[0] if model is None else model
     targets = ["q_proj", "up_proj", "down_proj"]
     more = {}
@@ -56,6 +60,10 @@ def make(setup, folder, callbacks=(), kind=None, callback=None, model=None, **op
         callback = callback or BasisSelectionCallback(
             keep_mass=0.3, extra_rank=4, pruning_steps=3, importance="taylor2", rank_multiple=4, target_modules=targets
         )
+    elif setup == "squeezing":
+        callback = callback or DimensionSqueezingCallback(max_gap=0.5, period=2, step=2, squeezes=2)
+        if not any(isinstance(module, TensorTrainLinear) for module in model.modules()):
+            factorize(model, LowRankConfig(method="tensor_train", rank=12, target_modules=targets))
     else:
         callback = callback or SequentialFreezingCallback(period=3)
         model = factorize(model, LowRankConfig(method="svd", rank=8, target_modules=targets))
@@ -63,7 +71,7 @@ def make(setup, folder, callbacks=(), kind=None, callback=None, model=None, **op
     return (kind or Trainer)(model, arguments, train_dataset=examples(), callbacks=[callback, *callbacks], **more)
 
 
-SETUPS = ("maestro", "full_pass", "basis", "freezing")
+SETUPS = ("maestro", "full_pass", "basis", "squeezing", "freezing")
 
 
 def train(setup, folder, resume=False, kill=-1, **options):

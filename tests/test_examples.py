@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, basis_selection, cards, quality, runs, setups, table, training  # noqa: E402
+from benchmarks import adapters, basis_selection, cards, dictionaries, quality, runs, setups, table, training  # noqa: E402
 
 
 def run(*command, **environment):
@@ -115,6 +115,24 @@ def test_factorize_from_command_line(tmp_path):
     assert commands == ["inspect", "calibrate", "factorize", "evaluate", "evaluate"]
     assert re.search(r"^dense +\d+\.\d\d\n0\.8 +\d+\.\d\d  [1-9]\d* factorized layers", done.stdout, re.M)
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"dense", "kept-0.8"}
+
+
+@pytest.mark.parametrize("model", ["linformer", "lama"])
+def test_low_rank_attention(model):
+    done = run(sys.executable, "examples/low_rank_attention.py", "--smoke", "--model", model)
+    assert done.returncode == 0, done.stderr
+    before, after = re.findall(r"accuracy (\d\.\d+)", done.stdout)
+    assert before == after
+    assert float(before) > 0.8
+
+
+def test_sequence_length():
+    done = run(sys.executable, "examples/benchmarks/sequence_length.py", "--smoke")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(
+        r"^  (full|low rank|linformer|linformer, low rank) +16(?: +\d+\.\d\d| +-){4}$", done.stdout, re.M
+    )
+    assert rows == ["full", "low rank", "linformer", "linformer, low rank"] * 2
 
 
 def test_commands_in_the_readmes_name_files_that_exist():
@@ -314,6 +332,32 @@ def test_basis_selection_is_compared_at_its_size_and_goes_on(tmp_path, capsys):
         basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 7)
 
 
+def test_dictionaries_are_compared_at_equal_numbers_and_go_on(tmp_path, capsys):
+    path, ratio, variants = tmp_path / "results.json", "0.8", dictionaries.VARIANTS
+    task = dictionaries.Tiny(tmp_path / "model")
+    dictionaries.measure_matrices(task, path, [ratio], ["svd"], 2, "mask")
+    first = json.loads(path.read_text())["runs"]
+    dictionaries.measure_matrices(task, path, [ratio], variants, 2, "mask")
+    found = dictionaries.measure_model(task, path, 0.8)
+    assert len(found["runs"]) == 6
+    for name, ratios in found["runs"].items():
+        cells = ratios[ratio]
+        assert cells["svd"] == first[name][ratio]["svd"]
+        numbers = cells["svd"]["shape"][0] * cells["svd"]["shape"][1]
+        assert all(0.9 * 0.8 < cell["bytes"] / 2 / numbers <= 0.8 for cell in cells.values())
+        assert cells["compot"]["error"] < cells["whitened_svd"]["error"] < cells["svd"]["error"]
+        assert all(abs(cell["stored"] - cell["error"]) < 1e-2 for cell in cells.values())
+    assert all(made["kept"] <= 0.82 for name, made in found["models"].items() if name != "dense")
+    capsys.readouterr()
+    dictionaries.measure_matrices(task, path, [ratio], variants, 2, "mask")
+    dictionaries.measure_model(task, path, 0.8)
+    assert capsys.readouterr().out == ""
+    dictionaries.show(found, variants)
+    assert "layers.1.mlp.down_proj" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="was measured otherwise"):
+        dictionaries.measure_matrices(task, path, [ratio], variants, 3, "mask")
+
+
 @pytest.mark.real
 def test_quality(tmp_path):
     data = Path(os.environ.get("HF_LOWRANK_DATA", ROOT.parent / "shared" / "data"))
@@ -397,6 +441,40 @@ def test_pruning_ranks():
     assert len(ranks) == 7
     assert ranks["magnitude 0.1"] == ranks["none 1"] == 1
     assert ranks["taylor 0.1"] < ranks["movement 0.1"] < 0.95
+    assert int(re.search(r"drawn: (\d+) bytes", done.stdout)[1]) > 10_000
+
+
+def test_a_function_is_met_by_two_resolutions(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = run(sys.executable, "examples/benchmarks/function_tensor.py", "--smoke", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "function_tensor.json").read_text())["runs"]
+    percent = {key: measured["percent"] for key, measured in found.items()}
+    assert percent["one resolution, [[x], [y, z]], 2, 0"] < 1e-6, "the function is of rank 2 there"
+    assert percent["two resolutions, 1 + R, 5, 0"] < percent["outer products (PARAFAC), 5, 0"]
+    assert (tmp_path / "function_tensor.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_told_of_the_function_is_in_its_results():
+    found = json.loads((ROOT / "examples" / "benchmarks" / "results" / "function_tensor.json").read_text())["runs"]
+
+    def mean(name, rank):
+        return sum(found[f"{name}, {rank}, {seed}"]["percent"] for seed in (0, 1, 2)) / 3
+
+    # 16 400 numbers against 15 300 and 18 300.
+    ours, alone = mean("two resolutions, 1 + R", 21), [mean("outer products (PARAFAC)", rank) for rank in (51, 61)]
+    assert ours < 0.6
+    assert 1.7 < alone[1] < alone[0] < 2.4
+    assert mean("two resolutions, 1 + R", 1) > mean("outer products (PARAFAC)", 31), "below 13 thousand"
+    assert mean("fine to coarse, R + 1", 21) > alone[0]
+
+
+def test_design_space():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = run(sys.executable, "examples/benchmarks/design_space.py", "--smoke", "--ranks", "1", "8")
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^rank (?:1|8), blocks \[\d\]: perplexity", done.stdout, re.M)) == 4
+    assert len(re.findall(r"early blocks are worse: (?:confirmed|refuted)$", done.stdout, re.M)) == 2
     assert int(re.search(r"drawn: (\d+) bytes", done.stdout)[1]) > 10_000
 
 

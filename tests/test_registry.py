@@ -35,6 +35,21 @@ def test_one_class_a_name():
         table.register("one")(int)
 
 
+def test_what_is_not_listed_is_found_and_not_offered():
+    table, One = make()
+
+    @table.register("inner", listed=False)
+    class Inner:
+        pass
+
+    assert table["inner"] is Inner
+    assert "inner" in table
+    assert table.names() == ["one"]
+    assert table.listed("one") is One
+    with pytest.raises(UnknownNameError, match=r"method 'inner' cannot be chosen; choose one of \['one'\]"):
+        table.listed("inner")
+
+
 def test_messages_name_the_allowed():
     table, _ = make()
     with pytest.raises(UnknownNameError, match=r"Unknown method 'two'; choose one of \['one'\]"):

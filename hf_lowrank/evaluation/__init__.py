@@ -9,6 +9,7 @@ from .presets import PRESETS
 from .result import Evaluation
 from .samples import text_samples
 from .size import Size, size_of
+from .sweep import Sweep, SweepPoint, SweepRow, sweep
 from .tasks import TASKS
 
 
@@ -21,6 +22,9 @@ __all__ = [
     "Perplexity",
     "PerplexityTask",
     "Size",
+    "Sweep",
+    "SweepPoint",
+    "SweepRow",
     "encode_pair",
     "environment",
     "evaluate",
@@ -28,5 +32,6 @@ __all__ = [
     "multiple_choice",
     "perplexity",
     "size_of",
+    "sweep",
     "text_samples",
 ]

@@ -31,7 +31,7 @@ class DenseView(torch.Tensor):
     formed only when an operation needs the values. Writing into it, or into its `data`, would be lost, so it raises.
 
     Args:
-        layer ([`FormatLinear`]): whose weight it stands for.
+        layer ([`FactorizedLayer`]): whose weight it stands for.
         transposed (`bool`, *optional*): `(in, out)` rather than `(out, in)`; that of the layer by default.
         detached (`bool`, defaults to `False`): whether gradients stop here.
     """
@@ -43,7 +43,7 @@ class DenseView(torch.Tensor):
     def __new__(cls, layer, transposed=None, detached=False):
         reference = next(layer.parameters())
         dtype = reference.dtype if reference.is_floating_point() else torch.float32
-        shape = (layer.out_features, layer.in_features)
+        shape = layer.dense_shape
         transposed = layer.transposed if transposed is None else transposed
         return torch.Tensor._make_wrapper_subclass(
             cls, shape[::-1] if transposed else shape, dtype=dtype, device=reference.device
@@ -97,7 +97,49 @@ class DenseView(torch.Tensor):
         return func(*values[0], **values[1])
 
 
-class FormatLinear(nn.Module):
+class FactorizedLayer(nn.Module):
+    """What factorized linears and convolutions have in common: a weight that is computed, and what is known of it.
+
+    Class attributes:
+        bias_name (`str`): the parameter that holds the bias.
+    """
+
+    bias_name: ClassVar[str]
+
+    def __init__(self):
+        super().__init__()
+        # Whether the replaced layer stored its weight as (in, out); only `weight` depends on it.
+        self.transposed = False
+        self.relative_error = None
+        # Whether the replaced layer had no bias, so that a checkpoint has to say there is one.
+        self.added_bias = False
+
+    @property
+    def dense_shape(self):
+        """Shape of the dense weight, as `dense_weight` gives it."""
+        raise NotImplementedError
+
+    def dense_weight(self):
+        """The weight that this module applies, computed in float32 or wider, in the module's dtype."""
+        raise NotImplementedError
+
+    @property
+    def weight(self):
+        """The dense weight in the layout of the replaced layer, read-only, formed only if its values are used."""
+        if torch.compiler.is_compiling():
+            # The compiler cannot look into a lazy tensor, and drops a product that nobody uses.
+            dense = self.dense_weight()
+            return dense.T if self.transposed else dense
+        return DenseView(self)
+
+    @property
+    def bias(self):
+        """The bias `(out,)`, or `None`."""
+        owner, _, leaf = self.bias_name.rpartition(".")
+        return getattr(self.get_submodule(owner), leaf)
+
+
+class FormatLinear(FactorizedLayer):
     """Base class of formats; a subclass is one file in `hf_lowrank/formats`, registered by `register_format`.
 
     `forward(x) == x @ dense_weight().T + bias` for every format. A format is described by `spec()`, a JSON dict from
@@ -122,7 +164,6 @@ class FormatLinear(nn.Module):
     """
 
     name: ClassVar[str]
-    bias_name: ClassVar[str]
     lent: ClassVar[tuple] = ()
     output_rows: ClassVar[tuple] = ()
     input_columns: ClassVar[tuple] = ()
@@ -133,9 +174,13 @@ class FormatLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.transposed = transposed
-        self.relative_error = None
-        # Whether the replaced layer had no bias, so that a checkpoint has to say there is one.
-        self.added_bias = False
+        # `(out, in)` of the layer this one replaces, which may be wider: channels can have been pruned since.
+        self.replaced_shape = out_features, in_features
+
+    @property
+    def dense_shape(self):
+        """`(out, in)`."""
+        return (self.out_features, self.in_features)
 
     def spec(self):
         """The JSON description: `{"format": name, ...}`, with everything that shape and class do not tell."""
@@ -169,14 +214,15 @@ class FormatLinear(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def stored_bytes(cls, out_features, in_features, rank, dtype_size):
+    def stored_bytes(cls, out_features, in_features, rank, dtype_size, **layout):
         """Bytes stored for a weight of this shape at this rank, bias excluded.
 
         Args:
             dtype_size (`int`): bytes of one number of the factors. A format that stores indices or masks beside them
                 overrides this.
+            layout: as of `cost`.
         """
-        return cls.cost(out_features, in_features, rank) * dtype_size
+        return cls.cost(out_features, in_features, rank, **layout) * dtype_size
 
     @classmethod
     def break_even(cls, out_features, in_features, layout=None):
@@ -206,7 +252,10 @@ class FormatLinear(nn.Module):
         return exact_factors(self.dense_weight().detach().double(), torch.finfo(self.weight.dtype).eps)
 
     def rest(self):
-        """What the weight has beside the product of its factors: `(out, in)`, sparse, float64; or `None`."""
+        """What the weight has beside the product of its factors, `(out, in)`, float64, or `None`.
+
+        Sparse, or anything else that adds to a matrix like one ([`Terms`]).
+        """
         return None
 
     def exact_weight(self):
@@ -214,20 +263,19 @@ class FormatLinear(nn.Module):
         (left, right), rest = self.factors(), self.rest()
         return left @ right if rest is None else left @ right + rest
 
-    @property
-    def weight(self):
-        """The dense weight in the layout of the replaced layer, read-only, formed only if its values are used."""
-        if torch.compiler.is_compiling():
-            # The compiler cannot look into a lazy tensor, and drops a product that nobody uses.
-            dense = self.dense_weight()
-            return dense.T if self.transposed else dense
-        return DenseView(self)
+    def replacement(self):
+        """`(weight, bias)` of an ordinary layer of the replaced shape: the weight in its layout, pruned channels zero.
 
-    @property
-    def bias(self):
-        """The bias `(out,)`, or `None`."""
-        owner, _, leaf = self.bias_name.rpartition(".")
-        return getattr(self.get_submodule(owner), leaf)
+        Zeros stand behind the channels that are left, in all layers that have the channels in common.
+        """
+        weight, (rows, columns) = self.dense_weight().detach(), self.replaced_shape
+        missing = rows - self.out_features
+        bias = self.bias
+        if (rows, columns) != weight.shape:
+            weight = nn.functional.pad(weight, (0, columns - self.in_features, 0, missing))
+            if bias is not None and missing:
+                bias = nn.Parameter(nn.functional.pad(bias.detach(), (0, missing)), requires_grad=bias.requires_grad)
+        return (weight.T if self.transposed else weight).contiguous(), bias
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"

@@ -4,13 +4,15 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ..errors import CheckpointError
+from ..checks import is_integer
+from ..errors import CheckpointError, RankError
+from ._lending import LendingLinear
 from ._row_supports import pack_supports, support_kind, unpack_mask
-from .base import FormatLinear, as_parameter, check_rank, plain, register_format
+from .base import as_parameter, check_rank, plain, register_format
 
 
 @register_format("dense_sparse")
-class DenseSparseLinear(FormatLinear):
+class DenseSparseLinear(LendingLinear):
     r"""A small dense dictionary, and for every row of the weight a few of its atoms: a union of many thin spaces.
 
         z = x D^T,    y = z S^T + b,    W = S D,    every row of S with s numbers
@@ -21,24 +23,30 @@ class DenseSparseLinear(FormatLinear):
     dictionary of its own, of `rank` atoms.
 
     `dictionary` is an ordinary `nn.Linear` child; the table `S` is put together for every pass, so that no time is
-    saved over `a` dense columns.
+    saved over `a` dense columns. Several layers can have one dictionary in common, as those of
+    [`SharedBasisLinear`] have a basis: K layers take a in + sum_k (out_k s) numbers, and their supports.
+
+    Dictionary and values are trained; which atoms a row combines never changes.
 
     Args:
         in_features (`int`): size of each input row.
         out_features (`int`): size of each output row.
-        rank (`int`): atoms of a dictionary, a, in `1 .. min(out / blocks, in)`.
+        rank (`int`): atoms of a dictionary, a, in `1 .. in`: beyond `out` where other layers have the same dictionary,
+            and with `blocks` up to `out / blocks`. There are no overcomplete dictionaries.
         bias (`bool`, defaults to `True`): whether there is an `output_bias`.
         transposed (`bool`, defaults to `False`): the replaced layer stored its weight as `(in, out)`.
         nonzeros (`int`, *optional*): atoms a row combines, s, in `1 .. rank`; all of them by default.
         blocks (`int`, defaults to 1): parts of the output, a divisor of `out`.
+        borrows (`bool`, defaults to `False`): whether there is no `dictionary` here, and `borrow` will be called.
 
     Shapes:
-        `dictionary.weight` `(blocks * a, in)`, `values` `(out, s)`, `output_bias` `(out,)`; and `mask`
-        `(out, ceil(a / 8))` uint8, or `indices` `(out, s)` in uint8, int16 or int32, within the block, rising.
+        `dictionary.weight` `(blocks * a, in)`, in the lender only; `values` `(out, s)`, `output_bias` `(out,)`; and
+        `mask` `(out, ceil(a / 8))` uint8, or `indices` `(out, s)` in uint8, int16 or int32, within the block, rising.
 
     Raises:
         RankError: `rank` is not an integer in range.
         CheckpointError: `nonzeros` or `blocks` is out of range.
+        LowRankError: a borrower is used before it has a lender.
 
     Reference:
         The layout of DSFormer (2312.13211; reconstructed, with blocks and integers) and of CoSpaDi (2509.22075; with a
@@ -47,6 +55,7 @@ class DenseSparseLinear(FormatLinear):
 
     bias_name = "output_bias"
     input_columns = ("dictionary.weight",)
+    lent = ("dictionary.weight",)
     tensors = 3
 
     def __init__(
@@ -58,21 +67,29 @@ class DenseSparseLinear(FormatLinear):
         transposed=False,
         nonzeros=None,
         blocks=1,
+        borrows=False,
         device=None,
         dtype=None,
     ):
         super().__init__(in_features, out_features, transposed)
-        _check_number("blocks", blocks, out_features)
+        _check_number("blocks", blocks, 1 if borrows else out_features)
         if out_features % blocks:
             raise CheckpointError(
                 f"`blocks`={blocks} of a dense_sparse layer must divide its {out_features} outputs. {DAMAGED}"
             )
-        check_rank(rank, out_features // blocks, in_features)
+        if blocks > 1:
+            check_rank(rank, out_features // blocks, in_features)
+        elif not is_integer(rank, 1) or rank > in_features:
+            raise RankError(
+                f"rank={rank!r} of a dictionary must be an integer in 1..{in_features}, the number of inputs; change "
+                "it in `rank` or `rank_pattern`, or leave it to the allocator."
+            )
         nonzeros = rank if nonzeros is None else nonzeros
         _check_number("nonzeros", nonzeros, rank)
-        self.blocks = blocks
+        # A borrower has no dictionary to read it off.
+        self.rank, self.blocks = rank, blocks
         options = {"device": device, "dtype": dtype}
-        self.dictionary = nn.Linear(in_features, blocks * rank, bias=False, **options)
+        self.dictionary = None if borrows else nn.Linear(in_features, blocks * rank, bias=False, **options)
         self.values = nn.Parameter(torch.zeros(out_features, nonzeros, **options))
         supports = torch.arange(nonzeros, device=device).expand(out_features, -1)
         for name, tensor in _stored_supports(supports, rank).items():
@@ -80,9 +97,8 @@ class DenseSparseLinear(FormatLinear):
         self.output_bias = nn.Parameter(torch.zeros(out_features, **options)) if bias else None
 
     @property
-    def rank(self):
-        """Atoms of each dictionary, read off the weights."""
-        return self.dictionary.weight.shape[0] // self.blocks
+    def own_dtype(self):
+        return self.values.dtype
 
     @property
     def nonzeros(self):
@@ -104,11 +120,11 @@ class DenseSparseLinear(FormatLinear):
 
     @classmethod
     def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
-        layout = {"nonzeros": spec.get("nonzeros"), "blocks": spec.get("blocks", 1)}
+        layout = {"nonzeros": spec.get("nonzeros"), "blocks": spec.get("blocks", 1), "borrows": "basis" in spec}
         return cls(in_features, out_features, spec.get("rank"), bias=bias, **layout, **kwargs)
 
     def forward(self, x):
-        z = self.dictionary(x)
+        z = self.projected(x)
         codes = self.codes().to(z.dtype)
         if self.blocks == 1:
             return linear(z, codes, self._bias_as(z))
@@ -156,14 +172,14 @@ class DenseSparseLinear(FormatLinear):
         return numbers * dtype_size + (0 if kind is None else out_features * kind[2] * kind[1].itemsize)
 
     def dense_weight(self):
-        dictionary = plain(self.dictionary)
+        dictionary = plain(self.basis).to(self.values.device)
         wide = torch.promote_types(dictionary.dtype, torch.float32)
         codes = self.codes().to(wide).unflatten(0, (self.blocks, -1))
         return (codes @ dictionary.to(wide).unflatten(0, (self.blocks, -1))).flatten(0, 1).to(dictionary.dtype)
 
     def factors(self):
         codes = self.codes().detach().double().unflatten(0, (self.blocks, -1))
-        return torch.block_diag(*codes), plain(self.dictionary).detach().double()
+        return torch.block_diag(*codes), plain(self.basis).detach().to(codes.device).double()
 
     def extra_repr(self):
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}, blocks={self.blocks}"

@@ -2,12 +2,13 @@ import torch
 from torch import nn
 
 from ..checks import is_integer
-from ..errors import CheckpointError, LowRankError, RankError
-from .base import FormatLinear, as_parameter, plain, register_format, shape_of
+from ..errors import RankError
+from ._lending import LendingLinear
+from .base import as_parameter, plain, register_format, shape_of
 
 
 @register_format("shared_basis")
-class SharedBasisLinear(FormatLinear):
+class SharedBasisLinear(LendingLinear):
     r"""Two linears in a row, of which several layers share the first.
 
         y_k = left_k(right(x_k)) = x_k R^T L_k^T + b_k,    W_k = L_k R,    k = 1 .. K
@@ -65,46 +66,10 @@ class SharedBasisLinear(FormatLinear):
             )
         self.right = None if borrows else nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.left = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
-        # In a tuple, where the parameters of the lender are not found a second time.
-        self._lender = ()
 
     @property
-    def lender(self):
-        """The layer that holds the basis of this one; `None` where that is this layer itself."""
-        return self._lender[0] if self._lender else None
-
-    @property
-    def basis(self):
-        """The linear that this layer applies first, its own or its lender's."""
-        layer = self.lender or self
-        if layer.right is None:
-            raise LowRankError(
-                "This layer borrows its basis from another one, which it has not been given; load or copy the whole "
-                "model, or call `borrow`."
-            )
-        return layer.right
-
-    def borrow(self, lender):
-        """Use the basis of `lender` from now on, and drop the own one.
-
-        Args:
-            lender ([`SharedBasisLinear`]): holds a basis of the same inputs and rank.
-
-        Raises:
-            CheckpointError: the two do not fit together.
-        """
-        found = None
-        if isinstance(lender, SharedBasisLinear) and lender is not self and lender.right is not None:
-            found = (lender.rank, lender.in_features, lender.left.weight.dtype)
-        wanted = (self.rank, self.in_features, self.left.weight.dtype)
-        if found != wanted:
-            raise CheckpointError(
-                f"A layer of (rank, inputs, dtype) {wanted} cannot borrow the basis of "
-                f"{type(lender).__name__ if found is None else f'a layer of {found}'}; the lender holds a basis of "
-                "its own and agrees in all three. The checkpoint may be damaged: download or save it again."
-            )
-        self.right = None
-        self._lender = (lender,)
+    def own_dtype(self):
+        return self.left.weight.dtype
 
     @property
     def rank(self):
@@ -112,10 +77,7 @@ class SharedBasisLinear(FormatLinear):
         return shape_of(self.left)[1]
 
     def forward(self, x):
-        right = self.basis
-        # An offloaded basis is on the meta device until its hook fetches it, and moves the input to it.
-        there = x if right.weight.is_meta else x.to(right.weight.device)
-        return self.left(right(there).to(x.device))
+        return self.left(self.projected(x))
 
     @classmethod
     def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
@@ -140,20 +102,3 @@ class SharedBasisLinear(FormatLinear):
     def factors(self):
         left, right = plain(self.left).detach(), plain(self.basis).detach()
         return left.double(), right.to(left.device).double()
-
-    def release(self, borrowers):
-        """Hand the own basis on to the first of `borrowers`, and keep a copy that is nobody else's.
-
-        Args:
-            borrowers (`list[SharedBasisLinear]`): all layers that borrow from this one.
-        """
-        heir, *others = borrowers
-        heir.right, heir._lender = self.right, ()
-        for other in others:
-            other._lender = (heir,)
-        own = self.right.weight
-        self.right = nn.Linear(self.in_features, self.rank, bias=False, device="meta")
-        self.right.weight = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, borrows={self.lender is not None}"

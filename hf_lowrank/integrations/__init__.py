@@ -5,6 +5,7 @@ import logging
 from transformers.utils import logging as transformers_logging
 
 from . import conv1d, experts
+from .auto_fact import auto_fact
 from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
@@ -15,6 +16,7 @@ from .onnx import share_initializers
 from .out_of_core import FactorizedCheckpoint, calibrate_checkpoint, factorize_checkpoint
 from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
+from .pruning import prune_channels
 from .quantizer import LowRankQuantizer
 from .verbs import collect_statistics, factorize, to_dense
 
@@ -32,6 +34,7 @@ __all__ = [
     "FactorizedCheckpoint",
     "LowRankConfig",
     "LowRankQuantizer",
+    "auto_fact",
     "calibrate_checkpoint",
     "collect_statistics",
     "conv1d",
@@ -39,6 +42,7 @@ __all__ = [
     "factorize",
     "factorize_checkpoint",
     "model_card",
+    "prune_channels",
     "residual_adapter",
     "share_initializers",
     "to_dense",

@@ -7,7 +7,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, ConfigError
-from ..formats import FORMATS, SharedBasisLinear
+from ..formats import FORMATS
 from ..readme import repository
 from ..recipe import Recipe
 from ..versions import versions
@@ -17,7 +17,7 @@ from .inner import as_inner, group_size, method_of
 QUANT_METHOD = "lowrank"
 VERSION = 1
 # What the `recipe` of a checkpoint says beside arguments of `LowRankConfig`.
-RECORDED = ("base_model", "versions")
+RECORDED = ("base_model", "channel_pruning", "versions")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -134,13 +134,15 @@ def _check_modules(modules):
     if not isinstance(modules, dict):
         raise CheckpointError(f"`modules` of the checkpoint's lowrank config is {type(modules).__name__}, not a dict.")
     for name, spec in modules.items():
-        if not isinstance(spec, dict) or spec.get("format") not in FORMATS.names():
+        format = spec.get("format") if isinstance(spec, dict) else None
+        if not isinstance(format, str) or format not in FORMATS:
             raise CheckpointError(
                 f"The checkpoint stores {name} as {spec!r}; this hf_lowrank knows the formats {FORMATS.names()}. "
                 "A newer version may know it: `pip install -U hf-lowrank`."
             )
-        if "basis" in spec and (spec["format"] != SharedBasisLinear.name or not isinstance(spec["basis"], str)):
+        if "basis" in spec and not (FORMATS[format].lent and isinstance(spec["basis"], str)):
+            lending = [other for other in FORMATS.names() if FORMATS[other].lent]
             raise CheckpointError(
-                f"The checkpoint stores {name} as {spec!r}; `basis` is the name of a module, and only "
-                f"{SharedBasisLinear.name!r} has one. Download or save it again."
+                f"The checkpoint stores {name} as {spec!r}; `basis` is the name of a module, and only the formats "
+                f"{lending} have one. Download or save it again."
             )

@@ -85,7 +85,7 @@ def _refuse_start(method):
 def _approximates(method):
     """The names of methods that store trained weights in the format of `method`."""
     others = [name for name in METHODS.names() if METHODS[name].format == method.format]
-    return ", ".join(repr(name) for name in others if not METHODS[name].initialises)
+    return ", ".join(repr(name) for name in others if not METHODS[name]().initialises)
 
 
 def _session(kwargs):

@@ -129,16 +129,25 @@ def _facts(recipe):
     """`{what: how}` in words."""
     if not recipe:
         return {"recipe": "not recorded"}
-    method = _name(recipe["method"])
-    # A checkpoint outlives the method it was made by.
-    about = f". {METHODS[method].__doc__.strip().splitlines()[0]}" if method in METHODS else ""
-    facts = {"method": f"`{method}`{about}"}
-    facts["budget"] = ", ".join(f"`{name}` = {recipe[name]}" for name in BUDGETS if name in recipe)
+    facts = {}
+    if "method" in recipe:
+        method = _name(recipe["method"])
+        # A checkpoint outlives the method it was made by.
+        about = f". {METHODS[method].__doc__.strip().splitlines()[0]}" if method in METHODS else ""
+        facts["method"] = f"`{method}`{about}"
+        facts["budget"] = ", ".join(f"`{name}` = {recipe[name]}" for name in BUDGETS if name in recipe)
+    if "channel_pruning" in recipe:
+        pruned = recipe["channel_pruning"]
+        facts["channels pruned"] = (
+            f"in {pruned['groups']} feed-forward layers, `param_ratio` = {pruned['param_ratio']}, `keep_bottom` = "
+            f"{pruned['keep_bottom']}, on {_calibration_in_words(pruned['calibration'])}"
+        )
     if "allocation" in recipe:
         facts["ranks chosen by"] = f"`{_name(recipe['allocation'])}`"
     if "refine" in recipe:
         facts["refined by"] = f"`{_name(recipe['refine'])}`"
-    facts["calibration"] = _calibration_in_words(recipe.get("calibration"))
+    if "method" in recipe:
+        facts["calibration"] = _calibration_in_words(recipe.get("calibration"))
     if "versions" in recipe:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in recipe["versions"].items())
     return facts
@@ -161,8 +170,8 @@ def _calibration_in_words(data):
 
 
 def _as_code(recipe):
-    """`LowRankConfig(...)` that does the same again; empty without a recipe."""
-    if not recipe:
+    """`LowRankConfig(...)` that factorizes the same way again; empty without a recipe."""
+    if "method" not in recipe:
         return ""
     given = {
         f.name: _literal(recipe[f.name])

@@ -1,9 +1,11 @@
 """The verbs for models in memory: factorize, collect_statistics, to_dense."""
 
 import os
+from collections import OrderedDict
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import CalibrationError, ConfigError, LowRankError
@@ -12,7 +14,7 @@ from ..linalg import require_finite
 from ..plan import make_plan
 from ..recipe import Recipe
 from ..replace import Made, put
-from ..surgery import factorized, match_sites
+from ..surgery import all_sites, factorized, match_sites
 from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
@@ -28,14 +30,15 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     """Factorize a model in memory, in place.
 
     Args:
-        model (`torch.nn.Module`): any module with linears inside; transformers models can be saved afterwards and
-            load with plain `from_pretrained`.
+        model (`torch.nn.Module`): any module with linears or convolutions inside; transformers models can be saved
+            afterwards and load with plain `from_pretrained`. One that is itself a layer is called `root`, in
+            `rank_pattern` and in messages.
         config ([`LowRankConfig`], *optional*): how; the default configuration if not given.
         calibration (*optional*): overrides `config.calibration`; also takes collected [`Statistics`].
         tokenizer (*optional*): for calibration texts; by default the one at `model.name_or_path`.
 
     Returns:
-        The same model.
+        The same model; of a model that is itself a layer, the factorized one.
 
     Raises:
         LowRankError: of the kind that fits; the model is as it was, since everything is checked first.
@@ -50,7 +53,15 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
             "of your own, save, and call from_pretrained(folder, quantization_config=...)."
         )
     calibration = config.calibration if calibration is None else calibration
-    return factorize_in_memory(model, config, calibration, _tokenizer_for(model, tokenizer))
+    if any(site.name == "" for site in all_sites(model)):
+        held = _held(model)
+        return factorize_in_memory(held, config, calibration, tokenizer_for(model, tokenizer)).root
+    return factorize_in_memory(model, config, calibration, tokenizer_for(model, tokenizer))
+
+
+def _held(layer):
+    """A module with `layer` inside, where it can be replaced."""
+    return nn.Sequential(OrderedDict(root=layer)).train(layer.training)
 
 
 def factorize_in_memory(model, config, calibration, tokenizer, available=None):
@@ -102,7 +113,7 @@ def describe(model, config, provenance):
         provenance (`dict`, *optional*): JSON that describes the calibration data.
     """
     config.record(model, provenance)
-    for part in _outermost_pretrained(model):
+    for part in outermost_pretrained(model):
         if factorized(part):
             attach(part, config)
 
@@ -134,11 +145,11 @@ def _making(model, plan, config, statistics):
         progress.close()
 
 
-def _outermost_pretrained(module):
+def outermost_pretrained(module):
     """The transformers models in `module` that are not part of another one."""
     if isinstance(module, PreTrainedModel):
         return [module]
-    return [found for child in module.children() for found in _outermost_pretrained(child)]
+    return [found for child in module.children() for found in outermost_pretrained(child)]
 
 
 def refuse_quantized(model):
@@ -193,7 +204,7 @@ def collect_statistics(
     calibration = as_calibration(calibration)
     processes, model = processes_for(accelerator, model, calibration)
     sites = match_sites(model, target_modules, exclude_modules)
-    tokenizer = _tokenizer_for(model, tokenizer)
+    tokenizer = tokenizer_for(model, tokenizer)
     return collect_for(model, sites, recipe, calibration, tokenizer, processes=processes)
 
 
@@ -204,13 +215,16 @@ def to_dense(model):
         model (`torch.nn.Module`): factorized; others are returned as they are.
 
     Returns:
-        The same model, with weights of the original shapes and the error of the factorization in them. Layers whose
+        The same model (of a factorized layer, a dense one), with weights of the original shapes and the error of the
+        factorization in them. Layers whose
         bias was added by a method (`feature_pca`) keep it, with a warning: a dense checkpoint of an architecture
         without biases has no place for it, and loading one would lose it.
     """
     refuse_offloaded(model)
+    if "" in factorized(model):
+        return to_dense(_held(model)).root
     multiply_out(model)
-    for part in _outermost_pretrained(model):
+    for part in outermost_pretrained(model):
         if isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):
             detach(part)
     return model
@@ -226,5 +240,6 @@ def refuse_offloaded(model):
         )
 
 
-def _tokenizer_for(model, tokenizer):
+def tokenizer_for(model, tokenizer):
+    """The function that gives `tokenizer`, or the one at `model.name_or_path`, where text has to be read."""
     return lambda: tokenizer if tokenizer is not None else load_tokenizer(getattr(model, "name_or_path", ""))

@@ -24,9 +24,11 @@ class Factors:
         shift (`torch.Tensor`, *optional*): `(out,)`, float64, added to the layer's bias; a layer without bias gets
             one. Formats do not see it: whoever replaces the layer adds it. Only from methods that announce it in
             `shifts`.
-        rest (`torch.Tensor`, *optional*): `(out, in)`, sparse, coalesced, float64: what the weight has beside the
-            product. Only from methods with `only_format`.
+        rest (`torch.Tensor` or [`Terms`], *optional*): `(out, in)`, float64: what the weight has beside the product;
+            sparse and coalesced, or terms over merged modes. Only from methods with `only_format`.
         layout (`dict`): what [`Method.layout`] says of this shape and rank.
+        cores (`tuple[torch.Tensor]`): of a tensor train, `(d_{k-1}, i_k, j_k, d_k)`, float64; `left` and `right` are
+            the same weight and an identity then. Only from methods that are not `thin`.
     """
 
     left: torch.Tensor
@@ -35,6 +37,7 @@ class Factors:
     shift: torch.Tensor | None = None
     rest: torch.Tensor | None = None
     layout: dict = field(default_factory=dict)
+    cores: tuple = ()
 
     def product(self):
         """The weight that the factors stand for, `(out, in)`."""
@@ -64,6 +67,8 @@ class Method:
         anchored (`bool`): whether each weight is factorized on what the compressed model in front of it puts out; it
             is then given `compressed_gram` and `cross_gram` ([`CrossGram`]) beside its statistics.
         only_format (`bool`): whether its factors fit into `format` and no other.
+        thin (`bool`): whether the weight it makes is a product of two factors of the rank. Of others the rank is a
+            size of parts, whose weight has any rank.
         searches (`bool`): whether it finds good factors rather than the best ones, so that the error may rise a little
             from one rank to the next.
         initialises (`bool`): whether its factors do not approximate the weight, but are where training from scratch
@@ -79,6 +84,7 @@ class Method:
     share_layers: ClassVar[int] = 1
     anchored: ClassVar[bool] = False
     only_format: ClassVar[bool] = False
+    thin: ClassVar[bool] = True
     searches: ClassVar[bool] = False
     initialises: ClassVar[bool] = False
 
@@ -91,9 +97,29 @@ class Method:
         """How many of `rank` rows of `right` one row of the weight combines; fewer than all where `left` is sparse."""
         return rank
 
+    def bound(self, rank):
+        """The rank of a plain SVD whose error is never exceeded, in the method's objective; by default `terms`.
+
+        Of a method that says 0, only that it beats the zero matrix.
+        """
+        return self.terms(rank)
+
     def layout(self, out_features, in_features, rank):
         """What the spec of a layer of this shape says beside its format and rank: a JSON dict, `{}` by default."""
         return {}
+
+    def counted(self, format, out_features, in_features, rank):
+        """The numbers that a budget of parameters counts for a layer of this shape: by default all that are stored.
+
+        A budget in bytes counts what is stored, whatever this says.
+
+        Args:
+            format (`type`): a [`FormatLinear`].
+            out_features (`int`): rows of the weight.
+            in_features (`int`): columns of the weight.
+            rank (`int`): of the factors.
+        """
+        return format.cost(out_features, in_features, rank, **self.layout(out_features, in_features, rank))
 
     def factorize(self, weight, rank, stats):
         """Factors of `weight` at `rank`.

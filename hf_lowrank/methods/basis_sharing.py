@@ -1,10 +1,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..checks import is_integer
 from ..errors import ConfigError
 from ..linalg import output_energies, output_optimal, shrink
-from ._groups import checked_groups
+from ._groups import check_share_layers, checked_groups
 from .base import Factors, Method, register_method
 
 
@@ -53,11 +52,7 @@ class BasisSharing(Method):
 
     def __post_init__(self):
         object.__setattr__(self, "joint_groups", checked_groups(self))
-        if not is_integer(self.share_layers, 1):
-            raise ConfigError(
-                f"`share_layers`={self.share_layers!r} of basis_sharing must be an integer of at least 1, the number "
-                "of neighbouring blocks with one basis."
-            )
+        check_share_layers(self, "basis")
         if not 0 <= self.shrinkage < 1:
             raise ConfigError(f"`shrinkage`={self.shrinkage!r} of basis_sharing must be in [0, 1).")
 

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import ConfigError
 from ..formats import check_rank
-from ..linalg import balanced, best_atoms, pursue, require_finite, truncated_svd
+from ..linalg import balanced, best_atoms, better_codes, pursue, require_finite, truncated_svd
 from ._measured import Measured
 from ._options import check_count, check_share
 from .base import Factors, register_method
@@ -85,7 +85,7 @@ class DSFormer(Measured):
             codes = pursue(rows, atoms, terms)
             for _ in range(self.sweeps):
                 atoms = _revived(best_atoms(rows, codes), codes, rows)
-                codes = _better(codes, pursue(rows, atoms, terms), atoms, rows)
+                codes = better_codes(codes, pursue(rows, atoms, terms), atoms, rows)
             atoms = best_atoms(rows, codes)
         return balanced(codes, atoms)
 
@@ -96,9 +96,3 @@ def _revived(atoms, codes, rows):
     residual = rows - codes @ atoms
     worst = residual.norm(dim=1).sort(descending=True, stable=True).indices[: int(unused.sum())]
     return atoms.masked_scatter(unused[:, None], residual[worst])
-
-
-def _better(one, other, atoms, rows):
-    """For every row whichever codes leave less of it."""
-    errors = [(rows - codes @ atoms).square().sum(1, keepdim=True) for codes in (one, other)]
-    return torch.where(errors[1] < errors[0], other, one)

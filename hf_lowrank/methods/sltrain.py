@@ -7,6 +7,7 @@ import torch
 from ..errors import ConfigError
 from ..linalg import largest_entries, require_finite, sparse_matrix, truncated_svd
 from ._options import check_share
+from ._start import drawn_left, drawn_right, uniform
 from .base import Factors, Method, register_method
 
 
@@ -46,8 +47,7 @@ class SLTrain(Method):
 
     Reference:
         Han et al., SLTrain, NeurIPS 2024, https://arxiv.org/abs/2406.02214. Differs: biases keep the start that their
-        model gives them. `density=0` is the from-scratch factorization of Greenformers (thesis, 2021; LRT, ICASSP
-        2020), with a start of ours.
+        model gives them. `density=0` is [`RandomFactors`] with a scale.
     """
 
     format: ClassVar[str] = "sparse_low_rank"
@@ -76,14 +76,10 @@ class SLTrain(Method):
             )
         generator, shape = torch.Generator().manual_seed(stats["seed"]), weight.shape
         layout = self.layout(*shape, rank)
-        bound = shape[1] ** -0.5
-
-        def uniform(bound, *size):
-            return (torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1) * bound
-
-        right, values, rest = uniform(bound, rank, shape[1]), uniform(bound, layout["nonzeros"]), None
+        right, rest = drawn_right(generator, rank, shape[1]), None
+        values = uniform(generator, shape[1] ** -0.5, layout["nonzeros"])
         if not len(values):
-            left = uniform((3 / rank) ** 0.5, shape[0], rank)
+            left = drawn_left(generator, shape[0], rank)
         else:
             left = torch.zeros(shape[0], rank, dtype=torch.float64)
             rest = sparse_matrix(self._places(weight, rank, len(values), generator), values, shape)

@@ -1,6 +1,7 @@
 """Training of compressed models with transformers' `Trainer`."""
 
 from .basis_selection import BasisSelectionCallback
+from .dimension_squeezing import DimensionSqueezingCallback
 from .distillation import Distillation, DistillationTrainer
 from .first_order_pruning import FirstOrderPruningCallback
 from .maestro import MaestroCallback
@@ -14,6 +15,7 @@ from .trained_rank_pruning import TrainedRankPruningCallback
 
 __all__ = [
     "BasisSelectionCallback",
+    "DimensionSqueezingCallback",
     "Distillation",
     "DistillationTrainer",
     "FirstOrderPruningCallback",

@@ -339,7 +339,7 @@ def test_a_lender_that_was_taken_out_is_never_lost_silently(llama, tmp_path):
         ({"basis": "model.layers.0.mlp.down_proj"}, "cannot borrow the basis of"),
         ({"basis": 3}, "`basis` is the name of a module"),
         ({"rank": 5}, "cannot borrow the basis of a layer of"),
-        ({"format": "low_rank"}, "only 'shared_basis' has one"),
+        ({"format": "low_rank"}, r"only the formats \['dense_sparse', 'shared_basis'\] have one"),
     ],
 )
 def test_a_damaged_config_is_a_checkpoint_error(llama, tmp_path, change, message):
@@ -391,7 +391,11 @@ def test_a_group_is_made_of_what_is_targeted(llama):
         ),
         ({"method": JOINT, "allocation": TIMED}, ConfigError, "counts time, and .*q_proj shares a basis with others"),
         ({"method": LAYERS, "refine": "blocks"}, ConfigError, "ties blocks to each other; use share_layers=1"),
-        ({"method": JOINT, "format": "pivoted"}, ConfigError, r"`format`='pivoted' cannot hold .*\['shared_basis'\]"),
+        (
+            {"method": JOINT, "format": "pivoted"},
+            ConfigError,
+            r"`format`='pivoted' cannot hold .*\['shared_basis', 'dense_sparse'\]",
+        ),
     ],
 )
 def test_what_cannot_be_grouped_is_refused(llama, options, error, message):

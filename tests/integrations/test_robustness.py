@@ -268,8 +268,12 @@ def test_shared_weights_of_plain_modules_stay_shared():
 
 
 def test_a_linear_at_the_root():
-    with pytest.raises(hf_lowrank.TargetError, match="is itself a linear layer; put it into a module"):
-        factorize(nn.Linear(16, 16), svd())
+    layer = nn.Linear(16, 16)
+    made = factorize(layer, svd())
+    assert isinstance(made, LowRankLinear)
+    assert type(to_dense(made)) is nn.Linear
+    with pytest.raises(hf_lowrank.TargetError, match="is itself one layer; put it into a module"):
+        hf_lowrank.rank_profile(layer)
 
 
 def test_other_quantizers_are_respected():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_lowrank import NonFiniteError
-from hf_lowrank.linalg import product_singular_values, truncated_svd
+from hf_lowrank.linalg import product_singular_values, randomized_svd, truncated_svd
 from hf_lowrank.testing import make_weight
 
 
@@ -59,3 +59,17 @@ def test_a_sum_that_overflows_is_not_mistaken_for_infinity():
     from hf_lowrank.linalg import require_finite
 
     require_finite(weight, "The weight")
+
+
+@pytest.mark.parametrize("shape", [(60, 80), (80, 60)])
+def test_randomized_error_is_what_it_says_and_near_the_minimum(shape):
+    weight = make_weight(*shape)
+    tail = torch.linalg.svdvals(weight)[6:].square().sum()
+    left, right, error = randomized_svd(weight, 6, torch.Generator().manual_seed(0))
+    torch.testing.assert_close((weight - left @ right).square().sum(), error, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(left.T @ left, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-10)
+    assert tail * (1 - 1e-9) <= error <= tail * 1.001
+    rough = randomized_svd(weight, 6, torch.Generator().manual_seed(0), oversampling=2, power_iterations=0)[2]
+    assert rough > error
+    full = randomized_svd(weight, 60, torch.Generator().manual_seed(0))
+    assert (weight - full[0] @ full[1]).norm() < 1e-9 * weight.norm()

@@ -110,10 +110,11 @@ def _targets(model, wanted):
         layers = {**_linears(model), **layers}
         layers = {name: layer for name, layer in layers.items() if matches(wanted, name.replace(".base_layer", ""))}
     if not layers:
-        experts = sum(not kind.single for kind in factorized(model).values())
+        others = sum(not kind.single for kind in factorized(model).values())
+        why = f"; the {others} weights of experts or convolutions cannot carry one" if others else ""
         raise TargetError(
             f"`target_modules`={wanted!r} leaves nothing to correct: a residual adapter is for factorized layers and "
-            f"quantized linears{f'; the {experts} weights of experts cannot carry one' if experts else ''}."
+            f"quantized linears{why}."
         )
     return layers
 

@@ -1,16 +1,16 @@
-"""Train a small part of a factorized model: the weight of each component, or the factors."""
+"""Train a small part of a factorized model: the weight of each component, the factors, or some of them."""
 
 import logging
 
 from ...errors import ConfigError, TargetError
-from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear
+from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear, TensorTrainLinear
 from ...surgery import factorized
 from .require import require_peft
 
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("singular_values", "factors")
+PARTS = ("singular_values", "factors", "auxiliary")
 
 
 def train_only(model, part="singular_values", adapter_name="default"):
@@ -26,24 +26,29 @@ def train_only(model, part="singular_values", adapter_name="default"):
     stock PEFT, and `merge_and_unload()` folds `s` into `left`, with ranks and sizes as before.
 
     Factors are not a small part, and PEFT would keep a second copy of them. With `part="factors"` they are trained
-    where they are, and saved with the model.
+    where they are, and saved with the model. `part="auxiliary"` is the light form of that for tensor trains: their
+    central core, the largest one, stays as it is. At full bonds it has as many numbers as the weight, and the others
+    together 7.3 % of all of 768 x 3072 and 11.1 % of 768 x 768 in the shapes of MPOP.
 
     Args:
         model (`torch.nn.Module`): factorized, without adapters.
         part (`str`, defaults to `"singular_values"`): or `"factors"`: everything that stands for dense weights, of
-            experts too; biases, norms and embeddings stay frozen.
+            experts too; or `"auxiliary"`: all cores of `tensor_train` layers but the central ones. Biases, norms and
+            embeddings stay frozen.
         adapter_name (`str`, defaults to `"default"`): of the IA3 adapter.
 
     Returns:
-        A `PeftModel` for `"singular_values"`, `model` itself for `"factors"`.
+        A `PeftModel` for `"singular_values"`, else `model` itself, with its trainable parameters counted in the log.
 
     Raises:
         ConfigError: another part.
-        TargetError: no factorized layer, one with adapters, or one that has no singular values (`"pivoted"`).
+        TargetError: no factorized layer, one with adapters, or one that has no singular values (`"pivoted"`) or no
+            cores.
 
     Reference:
         Basel (2405.15877, TMLR 2025) and, from memory, SVFT tune singular values. Differs: both start from the SVD of
-        the dense weight, and Basel prunes and adds bases on the way, as [`BasisSelectionCallback`] does.
+        the dense weight, and Basel prunes and adds bases on the way, as [`BasisSelectionCallback`] does. Auxiliary
+        tensors: MPOP, ACL 2021, which names 91 % fewer trained parameters.
     """
     if part not in PARTS:
         raise ConfigError(f"`part`={part!r} of train_only is not one of {list(PARTS)}.")
@@ -55,16 +60,15 @@ def train_only(model, part="singular_values", adapter_name="default"):
         if isinstance(layer, LinearFace):
             raise TargetError(f"{name} carries adapters; call `merge_and_unload()` or `unload()` first.")
     if part == "factors":
-        model.requires_grad_(False)
-        for name, kind in sites.items():
-            for tensor in kind.stored(model, name).values():
-                if tensor.is_floating_point():
-                    tensor.requires_grad_(True)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
-        share = 100 * trained / total
-        logger.info("trainable params: %s || all params: %s || trainable%%: %.4f", trained, total, share)
-        return model
+        return _trained_in_place(model, [t for name, kind in sites.items() for t in kind.stored(model, name).values()])
+    if part == "auxiliary":
+        for name in sites:
+            if not isinstance(layers.get(name), TensorTrainLinear):
+                raise TargetError(
+                    f"{name} is stored as {getattr(layers.get(name), 'name', 'low_rank')!r}, not as a chain with a "
+                    "central core; factorize the dense model with method='tensor_train'."
+                )
+        return _trained_in_place(model, [t for layer in layers.values() for t in layer.auxiliary()])
     peft = require_peft("train_only")
     for name, layer in layers.items():
         if not isinstance(layer, (LowRankLinear, SharedBasisLinear)):
@@ -75,3 +79,16 @@ def train_only(model, part="singular_values", adapter_name="default"):
     targets = [f"{name}.left" for name in layers]
     config = peft.IA3Config(target_modules=targets, feedforward_modules=targets)
     return peft.get_peft_model(model, config, adapter_name=adapter_name)
+
+
+def _trained_in_place(model, tensors):
+    """`model` with everything frozen but the numbers among `tensors`."""
+    model.requires_grad_(False)
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            tensor.requires_grad_(True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    share = 100 * trained / total
+    logger.info("trainable params: %s || all params: %s || trainable%%: %.4f", trained, total, share)
+    return model

@@ -65,6 +65,11 @@ def _check(name, spec, modules):
         raise ServingError(
             f"The checkpoint stores {name} as {spec!r}, and vLLM can be given {sorted(FORMATS)}; {RESAVE}."
         )
+    if "out_features" in spec or "in_features" in spec:
+        raise ServingError(
+            f"{name} has fewer channels than its architecture, for which vLLM makes room; save the model dense, with "
+            "`hf_lowrank.to_dense(model)`."
+        )
     rank = spec.get("rank")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ServingError(f"rank={rank!r} of {name} must be a positive integer; download or save the model again.")

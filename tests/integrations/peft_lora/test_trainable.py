@@ -103,6 +103,50 @@ def test_factors_alone(architecture, caplog):
     assert f"trainable params: {total} || all params:" in caplog.text
 
 
+def test_auxiliary_cores_alone(caplog):
+    model, inputs = tiny_model("llama")
+    method = {"name": "tensor_train", "cores": 3}
+    factorize(model, LowRankConfig(method=method, rank_pattern={"q_proj": 64, "down_proj": 12}, param_ratio=1.0))
+    with caplog.at_level(logging.INFO, logger="hf_lowrank"):
+        logging.getLogger("hf_lowrank").addHandler(caplog.handler)
+        assert train_only(model, "auxiliary") is model
+    for layer in layers(model).values():
+        sizes = {name: parameter.numel() for name, parameter in layer.named_parameters()}
+        frozen = {name for name, parameter in layer.named_parameters() if not parameter.requires_grad}
+        assert frozen == {max(sizes, key=sizes.get)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert f"trainable params: {sum(p.numel() for p in trained)} || all params:" in caplog.text
+    held = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(trained, 1e-2)
+    batch, losses = {**inputs(), "labels": inputs()["input_ids"]}, []
+    for _ in range(6):
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in held.items())
+
+
+def test_auxiliary_cores_are_as_few_as_the_paper_says():
+    """Its shapes of an attention and a feed-forward weight, at full bonds: 11.1 % and 7.3 % of what is stored."""
+    model = torch.nn.Sequential(torch.nn.Linear(768, 768), torch.nn.Linear(768, 3072))
+    in_shape, out_shape = {768: [3, 4, 4, 4, 4]}, {768: [4, 4, 4, 4, 3], 3072: [4, 4, 8, 6, 4]}
+    method = {"name": "tensor_train", "out_shape": out_shape, "in_shape": in_shape}
+    factorize(model, LowRankConfig(method=method, rank_pattern={"0|1": 768}))
+    assert [layer.bonds for layer in model] == [(12, 192, 192, 12), (12, 192, 384, 16)]
+    train_only(model, "auxiliary")
+    for layer, share in zip(model, (0.111, 0.073), strict=True):
+        cores = [p for name, p in layer.named_parameters() if name != "output_bias"]
+        trained = sum(p.numel() for p in cores if p.requires_grad)
+        assert trained / sum(p.numel() for p in cores) == pytest.approx(share, abs=0.001)
+
+
+def test_only_chains_have_auxiliary_cores(small):
+    with pytest.raises(TargetError, match=r"q_proj is stored as 'low_rank', not as a chain.*method='tensor_train'"):
+        train_only(small(), "auxiliary")
+
+
 def test_pivoted_layers_are_converted_first(small):
     model = small("pivoted")
     with pytest.raises(TargetError, match=r"stored as 'pivoted'.*hf_lowrank.truncate\(model, format='low_rank'\)"):
@@ -115,7 +159,7 @@ def test_pivoted_layers_are_converted_first(small):
 
 def test_refusals(small):
     with pytest.raises(
-        ConfigError, match=r"`part`='values' of train_only is not one of \['singular_values', 'factors'"
+        ConfigError, match=r"`part`='values' of train_only is not one of \['singular_values', 'factors', 'auxiliary'\]"
     ):
         train_only(small(), "values")
     with pytest.raises(TargetError, match="no factorized layer to train"):

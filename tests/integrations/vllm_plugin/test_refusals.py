@@ -44,6 +44,7 @@ def checkpoint(tmp_path_factory):
         (config({"a": "low_rank"}), "stores a as 'low_rank'"),
         (config({"a": {"format": "low_rank", "rank": "4"}}), "rank='4' of a must be a positive integer"),
         (config({"a": {"format": "pivoted"}}), "rank=None of a must be"),
+        (config({"a": {**LOW_RANK, "in_features": 8}}), "a has fewer channels than its architecture"),
         (config({"a": {**SHARED, "basis": "b"}}), "a borrows the basis of 'b', which has none"),
         (config({"a": {**SHARED, "basis": "b"}, "b": {**SHARED, "basis": "a"}}), "which has none"),
     ],
