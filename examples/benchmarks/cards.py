@@ -16,7 +16,10 @@ FOLDER = ROOT / "model_cards"
 # What the base model's own card says; it is not read here, so that a card can be made again without the Hub.
 BASE = {"base_model": SMOLLM2, "license": "apache-2.0", "language": ["en"]}
 # By the name of the card: the file in `results/quality`, and what makes the checkpoint.
-CARDS = {"smollm2-135m-instruct-lowrank-0.9": ("kfac_svd-0.9-self", "make quickstart")}
+CARDS = {
+    "smollm2-135m-instruct-lowrank-0.9": ("kfac_svd-0.9-self", "make quickstart"),
+    "smollm2-135m-instruct-lowrank-0.8": ("kfac_svd-0.8-self", "python examples/factorize_from_command_line.py"),
+}
 
 
 def card(name):
@@ -26,8 +29,8 @@ def card(name):
     evaluation = result["evaluation"]
     found = hf_lowrank.model_card(None, f"me/{name}", evaluation, dense["evaluation"], command, **BASE)
     note = (
-        f"`{command}` makes this checkpoint, in float32; all numbers below are of {evaluation['model']['dtype']} "
-        f"weights. The base model it was made from, and is compared with, is {result['base']}.\n\n"
+        f"`{command}` makes this checkpoint, in float32; all numbers below are of weights stored in bfloat16. The "
+        f"base model it was made from, and is compared with, is {result['base']}.\n\n"
     )
     found.text = found.text.replace("<!-- hf_lowrank:", f"{note}<!-- hf_lowrank:", 1)
     return found
