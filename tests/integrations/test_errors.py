@@ -63,7 +63,7 @@ def test_refused_when_the_config_is_made(options, error, message):
         (
             {"target_modules": ["query"]},
             "TargetError",
-            "`target_modules`='query' matches no linear layer; the model has",
+            "`target_modules`='query' matches no linear layer or convolution; the model has",
         ),
         ({"target_modules": ["q_proj", "query"]}, "TargetError", "`target_modules`='query' matches no linear"),
         ({"target_modules": ".*query"}, "TargetError", r"`target_modules`='.\*query' matches no linear layer"),

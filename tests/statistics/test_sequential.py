@@ -103,7 +103,7 @@ def test_the_encoders_output_keeps_its_mask(tmp_path):
 def test_one_chain_of_several_can_be_targeted(tmp_path):
     model, inputs = tiny_model("whisper")
     compare(model, [inputs()], tmp_path / "decoder", KFAC, r"model\.decoder\..*")
-    compare(model, [inputs()], tmp_path / "encoder", KFAC, r"model\.encoder\..*")
+    compare(model, [inputs()], tmp_path / "encoder", KFAC, r"model\.encoder\.layers\..*")
 
 
 def test_blocks_without_targets_hand_the_gradient_on(tmp_path):

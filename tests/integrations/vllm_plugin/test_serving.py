@@ -16,7 +16,8 @@ from .served import PACKED, logits, outputs, serve
 CHECKPOINTS = sorted(
     folder
     for folder in (Path(__file__).parents[2] / "checkpoints").iterdir()
-    if folder.name.rpartition("_v")[0] in SERVED
+    # Convolutions are of models that vLLM has other code for.
+    if folder.name.rpartition("_v")[0] in SERVED and not folder.name.endswith("_conv")
 )
 JOINT = {"name": "basis_sharing", "joint_groups": list(PACKED.values())}
 CASES = {
