@@ -167,6 +167,7 @@ def test_the_table_of_results(tmp_path):
     for name, size in (("small", 10), ("dense", 20)):
         (tmp_path / f"{name}.json").write_text(json.dumps(result(name, size)))
     lines = table.render(table.read(tmp_path)).splitlines()
+    assert "quality.py --window 2048 --windows 2 --limit 8`" in lines[0]
     assert "2 x 2048 tokens" in lines[0]
     assert "8 items a task (piqa acc_norm; one standard error up to 0.190)" in lines[0]
     assert lines[-2:] == [

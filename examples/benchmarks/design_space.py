@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 from benchmarks import setups
 from benchmarks.quality import DATA, texts
+from benchmarks.runs import save_figure
 from hf_lowrank import SweepPoint, sweep
 from hf_lowrank.blocks import block_names
 from hf_lowrank.evaluation import perplexity
@@ -137,9 +138,7 @@ def draw(found, space, path, title):
         axes.set_title(f"spread or adjacent, rank {rank}", fontsize=9)
     rest[-1].legend(fontsize=7)
     figure.suptitle(title, fontsize=10)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    os.replace(partial, path)
+    save_figure(figure, path)
 
 
 def main():

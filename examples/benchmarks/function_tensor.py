@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks.runs import opened, write
+from benchmarks.runs import opened, save_figure, write
 from hf_lowrank.linalg import multi_resolution
 from hf_lowrank.versions import versions
 
@@ -75,7 +75,7 @@ def draw(found, path):
     axes.set(xlabel="numbers stored", ylabel="error, % of the norm", ylim=(0, 5), xlim=(found["points"] * 70, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    save_figure(figure, path, dpi=120)
 
 
 def rows(found, name):

@@ -22,7 +22,7 @@ import torch
 from transformers import logging, set_seed
 
 from benchmarks import made_up
-from benchmarks.runs import opened, write
+from benchmarks.runs import opened, save_figure, write
 from benchmarks.tasks import DATA, INSIDE, Classification, train
 from hf_lowrank import evaluation, rank_profile
 from hf_lowrank.training import FirstOrderPruningCallback
@@ -106,9 +106,7 @@ def draw(found, path):
     figure.axes[0].set_ylabel("share")
     figure.axes[-1].legend(fontsize=8)
     figure.suptitle(f"Pruned MiniLM on {found['task']}, {len(untouched)} seed(s)", fontsize=10)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=150)
-    os.replace(partial, path)
+    save_figure(figure, path)
 
 
 def main():

@@ -7,6 +7,8 @@ import statistics
 
 from scipy import stats
 
+from hf_lowrank.files import writing
+
 
 def opened(path, facts, **more):
     """The results in `path`, or `{**facts, **more, "runs": {}}`; refuses results of other `facts`."""
@@ -23,6 +25,12 @@ def write(path, found):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def save_figure(figure, path, dpi=150):
+    """Replace a PNG file in one go; the same figure gives the same bytes with the same matplotlib."""
+    with writing(path) as partial:
+        figure.savefig(partial, dpi=dpi, format="png", metadata={"Software": None})
 
 
 def compared(runs, baseline):

@@ -147,7 +147,7 @@ def draw(found, path):
             axis.set_title(attention)
     axes[1][0].set_xlabel(f"tokens a sequence, {TOKENS} a batch")
     axes[0][0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    runs.save_figure(figure, path, dpi=110)
 
 
 def main():

@@ -68,12 +68,18 @@ def number(perplexity):
 def caption(result):
     """One line that says what the columns are."""
     evaluation = result["evaluation"]
-    windows = {f"{text['windows']} x {text['window']}" for text in evaluation["perplexity"].values()}
+    texts, tasks = evaluation["perplexity"].values(), evaluation["multiple_choice"]
+    windows = {f"{text['windows']} x {text['window']}" for text in texts}
+    sizes = {
+        "window": max(text["window"] for text in texts),
+        "windows": max(text["windows"] for text in texts),
+        "limit": max((task["items"] for task in tasks.values()), default=0),
+    }
+    command = " ".join([COMMAND, *(f"--{name} {size}" for name, size in sizes.items())])
     parts = [
-        f"{result['base']} stored in bfloat16 or less, measured in float32, by `{COMMAND}`: perplexity over "
+        f"{result['base']} stored in bfloat16 or less, measured in float32, by `{command}`: perplexity over "
         f"{' and '.join(sorted(windows))} tokens"
     ]
-    tasks = evaluation["multiple_choice"]
     if tasks:
         metrics = ", ".join(f"{name} {task['metric']}" for name, task in tasks.items())
         items = sorted({task["items"] for task in tasks.values()})

@@ -32,7 +32,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, logging, set_seed
 
 from benchmarks import made_up, setups
-from benchmarks.runs import cells, opened, write
+from benchmarks.runs import cells, opened, save_figure, write
 from benchmarks.table import ROOT, into_readme
 from benchmarks.tasks import DATA, GLUE, INSIDE, Classification, train
 from hf_lowrank import LowRankConfig, MixedRankConfig, evaluation, factorize, training
@@ -253,9 +253,7 @@ def draw(folder, path):
         axes.minorticks_off()
     panels[0].set_ylabel("accuracy")
     panels[-1].legend(fontsize=8)
-    unfinished = path.with_suffix(".partial.png")
-    figure.savefig(unfinished, dpi=150)
-    os.replace(unfinished, path)
+    save_figure(figure, path)
 
 
 def main():

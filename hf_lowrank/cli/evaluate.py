@@ -1,11 +1,9 @@
 """`optimum-cli lowrank evaluate`."""
 
-from pathlib import Path
-
 from ..errors import ConfigError
 from ..evaluation import evaluate
 from ..integrations.out_of_core import load_model
-from .options import add_parameters, documentation, given
+from .options import add_parameters, documentation, given, labelled
 
 
 OPTIONS = ("preset", "max_windows", "limit", "batch_tokens")
@@ -35,21 +33,13 @@ def run(arguments):
     model = load_model(arguments.model, **dtype)
     result = evaluate(
         model,
-        perplexity=_texts(arguments.perplexity),
+        perplexity=None if arguments.perplexity is None else labelled(arguments.perplexity),
         multiple_choice=_tasks(arguments.multiple_choice),
         **given(arguments, OPTIONS),
     )
     if arguments.output is not None:
         result.save(arguments.output)
     return result
-
-
-def _texts(entries):
-    """`{name: data}`; a file without a name has its own."""
-    if entries is None:
-        return None
-    pairs = (entry.partition("=") for entry in entries)
-    return {name if data else Path(name).stem: data or name for name, _, data in pairs}
 
 
 def _tasks(entries):
@@ -61,4 +51,4 @@ def _tasks(entries):
         raise ConfigError(
             f"`--multiple-choice` gives {plain} no file, and others one; give all of them files, or none."
         )
-    return {name: data for name, _, data in (entry.partition("=") for entry in entries)}
+    return labelled(entries)

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 
 # `name (`type`, *optional*): text`, indented once in the section `Args:`; what goes on is indented twice.
@@ -71,6 +72,12 @@ def add_parameters(parser, function, names):
     documented, parameters = documentation(function), inspect.signature(function).parameters
     for name in names:
         add_option(parser, name, documented[name], parameters[name].default)
+
+
+def labelled(entries):
+    """`{label: file}` of entries `[LABEL=]FILE`; a file without a label has its own name."""
+    pairs = (entry.partition("=") for entry in entries)
+    return {label if file else Path(label).stem: file or label for label, _, file in pairs}
 
 
 def given(arguments, names):

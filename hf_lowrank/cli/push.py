@@ -8,7 +8,8 @@ from huggingface_hub.errors import HFValidationError
 from ..errors import CheckpointError, ConfigError
 from ..files import PARTIAL
 from ..integrations import model_card
-from ..integrations.out_of_core import is_factorized, load_model, read_checkpoint, verify_checkpoint
+from ..integrations.out_of_core import is_factorized, load_model, verify_checkpoint
+from ..reporting import summary
 from ..upload import WEIGHTS, upload
 from .options import add_parameters, given
 from .terminal import Output
@@ -33,8 +34,8 @@ def run(arguments):
     if not is_factorized(arguments.folder):
         raise CheckpointError(f"{arguments.folder} holds no factorized checkpoint; make one with `factorize`.")
     verify_checkpoint(arguments.folder)
-    checkpoint = read_checkpoint(arguments.folder)
-    card = model_card(load_model(arguments.folder, device_map="meta"), arguments.repo, **given(arguments, OPTIONS))
+    model = load_model(arguments.folder, device_map="meta")
+    card, line = model_card(model, arguments.repo, **given(arguments, OPTIONS)), summary(model).line
     try:
         repo = HfApi().create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
     except HFValidationError as error:
@@ -46,6 +47,6 @@ def run(arguments):
         files, repo, card, superseded=WEIGHTS, revision=arguments.revision, commit_message=arguments.message
     )
     return Output(
-        f"{checkpoint.summary.line}\n{commit.commit_url}",
-        {"repository": repo, "commit": commit.oid, "url": commit.commit_url, "line": checkpoint.summary.line},
+        f"{line}\n{commit.commit_url}",
+        {"repository": repo, "commit": commit.oid, "url": commit.commit_url, "line": line},
     )

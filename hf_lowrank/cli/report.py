@@ -7,6 +7,7 @@ from ..integrations.measured import as_json
 from ..integrations.out_of_core import is_factorized, load_model, local_folder
 from ..reporting import report
 from ..reporting.report import HTML, JSON
+from .options import labelled
 from .terminal import Output
 
 
@@ -30,14 +31,8 @@ def run(arguments):
     """Run the command; returns where the page is."""
     if not is_factorized(local_folder(arguments.model)):
         raise ConfigError(f"{arguments.model} is not factorized.")
-    quality = _labelled(arguments.quality or ())
+    quality = {label: as_json(file) for label, file in labelled(arguments.quality or ()).items()}
     dense = None if arguments.dense is None else load_model(arguments.dense)
     found = report(load_model(arguments.model), dense, quality)
     found.save(arguments.out)
     return Output(str(Path(arguments.out, HTML)), found.to_json())
-
-
-def _labelled(entries):
-    """`{label: evaluation}`; a file without a label has its own name."""
-    pairs = (entry.rpartition("=") for entry in entries)
-    return {label or Path(path).stem: as_json(path) for label, _, path in pairs}

@@ -3,11 +3,11 @@
 import sys
 
 from ..registry import import_submodules
+from ._dense_view import DenseView
 from ._face import LinearFace, put_face_on, take_face_off
 from ._lending import LendingLinear
 from .base import (
     FORMATS,
-    DenseView,
     FormatLinear,
     as_parameter,
     check_rank,

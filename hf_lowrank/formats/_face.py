@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..errors import ComputedWeightError
-from .base import FORMATS, LOST, DenseView
+from ._dense_view import LOST, DenseView
+from .base import FORMATS
 
 
 class LinearFace:

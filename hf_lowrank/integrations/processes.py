@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from ..errors import CalibrationError, ConfigError
 from ..sharding import refuse_fsdp, refuse_sharded
+from .calibration import SELF
 
 
 class Processes:
@@ -44,7 +45,7 @@ def processes_for(accelerator, model, calibration):
 
     Raises:
         ConfigError: not an `Accelerator`; parts of a folder, which one process keeps.
-        CalibrationError: batches that are shared out already, or fewer sequences than processes.
+        CalibrationError: batches that are shared out already, or fewer sequences to sample than processes.
         TargetError: weights that are split over the processes.
     """
     if accelerator is None:
@@ -60,7 +61,7 @@ def processes_for(accelerator, model, calibration):
             "`calibration` went through accelerator.prepare(), so that each process sees its own batches already; "
             "give the DataLoader as it was, the same in every process."
         )
-    if calibration.samples < accelerator.num_processes:
+    if calibration.data == SELF and calibration.samples < accelerator.num_processes:
         raise CalibrationError(
             f"`samples`={calibration.samples} of Calibration are fewer than the {accelerator.num_processes} "
             "processes; start fewer, or take more samples."

@@ -9,6 +9,7 @@ from ..errors import ConfigError
 from ..linalg import require_finite, truncated_svd
 from ._measured import Measured
 from ._options import check_count
+from ._start import drawn_left, drawn_right
 from .base import Factors, register_method
 
 
@@ -125,10 +126,6 @@ class Hybrid(Measured):
 
     @staticmethod
     def _drawn(shape, free, lower_rank, seed):
-        generator, bound = torch.Generator().manual_seed(seed), shape[1] ** -0.5
-
-        def uniform(bound, *size):
-            return (torch.rand(size, generator=generator, dtype=torch.float64) * 2 - 1) * bound
-
-        rows, right = uniform(bound, free, shape[1]), uniform(bound, lower_rank, shape[1])
-        return rows, uniform((3 / lower_rank) ** 0.5, shape[0] - free, lower_rank), right
+        generator = torch.Generator().manual_seed(seed)
+        rows, right = (drawn_right(generator, count, shape[1]) for count in (free, lower_rank))
+        return rows, drawn_left(generator, shape[0] - free, lower_rank), right

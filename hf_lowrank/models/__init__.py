@@ -9,7 +9,8 @@ from .linformer import (
     LinformerForSequenceClassification,
     LinformerModel,
 )
-from .shared_basis_head import SharedBasisHead, SharedBasisHeadConfig, text_features, zero_shot_head
+from .shared_basis_head import SharedBasisHead, SharedBasisHeadConfig
+from .zero_shot import text_features, zero_shot_head
 
 
 for _config, _model in (
