@@ -18,7 +18,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from benchmarks import adapters, basis_selection, cards, dictionaries, quality, runs, setups, table, training  # noqa: E402
+from benchmarks import (  # noqa: E402
+    adapters,
+    basis_selection,
+    cards,
+    dictionaries,
+    formats_map,
+    quality,
+    runs,
+    setups,
+    table,
+    training,
+)
 
 
 def run(*command, **environment):
@@ -331,6 +342,34 @@ def test_basis_selection_is_compared_at_its_size_and_goes_on(tmp_path, capsys):
     assert "perplexity" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="was measured otherwise"):
         basis_selection.measure(task, path, 0.5, basis_selection.VARIANTS, 1, 7)
+
+
+def test_the_map_of_formats(tmp_path, capsys):
+    path, task = tmp_path / "results.json", formats_map.Tiny(tmp_path / "model")
+    chosen = formats_map.variants()
+    assert {"svd", "hybrid", "compot", "whitened_svd, pivoted"} < set(chosen)
+    assert not {"random", "sltrain"} & set(chosen)
+    formats_map.measure_matrices(task, path, [0.8], ["svd"])
+    first = json.loads(path.read_text())["runs"]["smoke"]["svd"]
+    formats_map.measure_matrices(task, path, [0.8], chosen)
+    found = formats_map.measure_models(task, path, 0.8, ["svd", "whitened_svd"])
+    measured = found["runs"]["smoke"]
+    assert measured["svd"] == first
+    assert set(measured) == {*chosen, *formats_map.BITS}
+    for variant in chosen:
+        cells = [cell for label, cell in measured[variant]["0.8"].items() if "." in label]
+        assert len(cells) == 4
+        assert all(0.7 < cell["bytes"] / cell["dense_bytes"] < 0.86 for cell in cells), variant
+        assert all(0 < cell["error"] < 1 for cell in cells), variant
+    for label in ("attention.0", "attention.1", "mlp.0", "mlp.1"):
+        errors = {variant: measured[variant]["0.8"][label]["error"] for variant in ("svd", "whitened_svd", "compot")}
+        assert errors["compot"] < errors["whitened_svd"] < errors["svd"]
+    assert set(found["models"]) == {"dense", "whitened_svd"}
+    capsys.readouterr()
+    formats_map.show(found)
+    assert "compot" in re.search("attention: not dominated are (.*)", capsys.readouterr().out)[1]
+    formats_map.draw(found, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_dictionaries_are_compared_at_equal_numbers_and_go_on(tmp_path, capsys):
