@@ -171,12 +171,18 @@ def sweep(model, points, measure, method="tucker", calibration=None, path=None, 
         [`Sweep`].
 
     Raises:
-        ConfigError, TargetError: a choice that does not fit the model, before anything is measured.
-        CheckpointError: `path` was measured with other facts.
+        ConfigError, TargetError: a choice that does not fit the model, or a `path` that is no JSON file, before
+            anything is measured.
+        CheckpointError: `path` was measured with other facts, or holds something else.
 
     Reference:
         The design space of Moar et al., 2405.06626: rank, layers, tensors. Differs: any method, and any score.
     """
+    if path is not None and os.fspath(path).endswith(".csv"):
+        raise ConfigError(
+            f"`path`={os.fspath(path)!r} is to be a JSON file, from which a sweep can go on; save the table that is "
+            "returned as CSV."
+        )
     sides = {site.name: min(site.out_features, site.in_features) for site in match_sites(model)}
     names = list(sides)
     blocks = block_names(model, names)
@@ -231,11 +237,18 @@ def _opened(path, about):
     """The sweep in a file, or `None` where there is none."""
     if path is None or not os.path.exists(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        found = json.load(file)
-    if found.get("about") != about:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        rows = [SweepRow(**row) for row in found["rows"]]
+        before, dense, made_with = found["about"], found["dense"], found["environment"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"`path`={os.fspath(path)!r} holds a sweep of {found.get('about')}, and this one is of {about}; give "
-            "another path, or remove it to measure again."
+            f"`path`={os.fspath(path)!r} holds no sweep ({type(error).__name__}: {error}); give another path."
+        ) from error
+    if before != about:
+        raise CheckpointError(
+            f"`path`={os.fspath(path)!r} holds a sweep of {before}, and this one is of {about}; give another path, or "
+            "remove it to measure again."
         )
-    return Sweep(found["dense"], [SweepRow(**row) for row in found["rows"]], about, found["environment"])
+    return Sweep(dense, rows, about, made_with)

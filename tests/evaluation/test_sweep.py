@@ -83,6 +83,18 @@ def test_an_interrupted_sweep_goes_on(model, tmp_path):
     assert table[0]["modules"] == "q_proj"
 
 
+@pytest.mark.parametrize("content", ["rank,layers", "[1]", "{}", '{"rows": [{"rank": 1}], "dense": 1}'])
+def test_another_file_is_refused_and_left_alone(model, tmp_path, content):
+    path, measure = tmp_path / "sweep.json", Measure()
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"sweep.json' holds no sweep \(.*; give another path"):
+        sweep(model, [SweepPoint(1)], measure, path=path)
+    assert path.read_text() == content
+    with pytest.raises(ConfigError, match=r"sweep.csv' is to be a JSON file"):
+        sweep(model, [SweepPoint(1)], measure, path=tmp_path / "sweep.csv")
+    assert measure.seen == []
+
+
 @pytest.mark.parametrize(
     ("layers", "count", "indices"),
     [
