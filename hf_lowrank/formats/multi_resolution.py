@@ -152,10 +152,6 @@ class MultiResolutionLinear(FormatLinear):
         finer = sum(level["terms"] * sum(block_sizes(level["partition"], sizes)) for level in levels)
         return rank * (out_features + in_features) + finer
 
-    @classmethod
-    def stored_bytes(cls, out_features, in_features, rank, dtype_size, sizes=None, levels=()):
-        return cls.cost(out_features, in_features, rank, sizes, levels) * dtype_size
-
     def dense_weight(self):
         left, right = plain(self.left), plain(self.right)
         wide = torch.promote_types(left.dtype, torch.float32)

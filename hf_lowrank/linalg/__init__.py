@@ -30,7 +30,6 @@ from .tensor_train import (
     tensor_train,
     train_matrix,
 )
-from .tucker import hosvd, tucker_tensor
 from .wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 from .weighted_svd import column_weighted, output_energies, output_optimal
 
@@ -54,7 +53,6 @@ __all__ = [
     "fit_level",
     "flat_places",
     "full_bonds",
-    "hosvd",
     "joined_cores",
     "largest",
     "largest_entries",
@@ -88,6 +86,5 @@ __all__ = [
     "times",
     "train_matrix",
     "truncated_svd",
-    "tucker_tensor",
     "wavelet_filters",
 ]

@@ -35,7 +35,7 @@ def _factors(size, count, limit, least=1):
     if count == 1:
         return (size,) if least <= size <= limit else None
     found = []
-    for first in range(least, min(limit, math.isqrt(size) if count > 1 else size) + 1):
+    for first in range(least, min(limit, math.isqrt(size)) + 1):
         if size % first == 0 and (rest := _factors(size // first, count - 1, limit, first)) is not None:
             found.append((first, *rest))
     return min(found, key=lambda modes: (modes[-1], -modes[0], modes), default=None)

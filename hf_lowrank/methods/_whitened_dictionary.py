@@ -81,7 +81,9 @@ class WhitenedDictionary(Method):
 
     def factorize(self, weight, rank, stats):
         require_finite(weight, "The weight")
-        wide, lower = weight.double(), psd_safe_cholesky(stats["input_gram"].double())
+        wide, gram = weight.double(), stats["input_gram"].double()
+        # Where no input was ever seen, any factors will do: those that are near the weight.
+        lower = psd_safe_cholesky(gram if gram.diagonal().any() else torch.eye(len(gram)).to(gram))
         codes, atoms = self.learn(wide @ lower, rank, self.terms(rank))
         right = torch.linalg.solve_triangular(lower, atoms, upper=False, left=False)
         codes, right = balanced(codes, right)

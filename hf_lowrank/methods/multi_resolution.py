@@ -28,9 +28,9 @@ class MultiResolution(Measured):
 
     o1 o2 and i1 i2 are the factors of out and in that are closest to each other. The SVD and the Kronecker products
     are the best there are for what is left to them, the outer products are found by alternating least squares. The
-    rank of a layer is that of its SVD, and the error is at most that of an SVD of this rank; in the numbers of all
-    levels it is not in general below an SVD of as many numbers, which is the better choice for weights that have none
-    of this structure.
+    rank of a layer is that of its SVD. Coarse first, the error is at most that of an SVD of this rank; fine first it
+    can be far above, also of a weight of this rank. In the numbers of all levels it is not in general below an SVD of
+    as many numbers, which is the better choice for weights that have none of this structure.
 
     Args:
         partitions (`list`, *optional*): the blocks of each level, coarse ones first; `[["o1", "o2"], ["i1", "i2"]]`
@@ -43,7 +43,7 @@ class MultiResolution(Measured):
         joint_als_sweeps (`int`, defaults to 0): how often all levels are fitted again, each to what the others leave;
             never worse.
         als_tolerance (`float`, defaults to 1e-3): ends the least squares when a sweep lowers the relative error by
-            less.
+            less, at least 0.
         als_sweeps (`int`, defaults to 100): the most sweeps.
         seed (`int`, defaults to 0): of the start of the least squares.
 
@@ -76,7 +76,7 @@ class MultiResolution(Measured):
         if self.order not in ORDERS:
             raise ConfigError(f"`order`={self.order!r} of multi_resolution must be one of {list(ORDERS)}.")
         if not is_number(self.als_tolerance) or self.als_tolerance < 0:
-            raise ConfigError(f"`als_tolerance`={self.als_tolerance!r} of multi_resolution must be a number above 0.")
+            raise ConfigError(f"`als_tolerance`={self.als_tolerance!r} of multi_resolution must be at least 0.")
         for name, least in (("joint_als_sweeps", 0), ("als_sweeps", 1), ("seed", 0)):
             check_count(self, name, least)
 
@@ -108,6 +108,10 @@ class MultiResolution(Measured):
                 "`partitions`, the first above 0."
             )
         object.__setattr__(self, "shares", tuple(shares))
+
+    def bound(self, rank):
+        # Fine first, the SVD meets what Kronecker products leave, which may be anything.
+        return rank if self.order == "coarse_to_fine" else 0
 
     def layout(self, out_features, in_features, rank):
         sizes = _sizes(out_features, in_features)

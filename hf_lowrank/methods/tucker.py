@@ -1,8 +1,7 @@
 from dataclasses import dataclass
 
-from ..linalg import hosvd, singular_energies
-from ._groups import checked_groups
-from ._options import check_count
+from ..linalg import singular_energies, truncated_svd
+from ._groups import check_share_layers, checked_groups
 from .base import Factors, Method, register_method
 
 
@@ -47,11 +46,11 @@ class Tucker(Method):
 
     def __post_init__(self):
         object.__setattr__(self, "joint_groups", checked_groups(self))
-        check_count(self, "share_layers", 1)
+        check_share_layers(self, "factor")
 
     def factorize(self, weight, rank, stats):
-        core, (rows, columns) = hosvd(weight, (rank, rank))
-        return Factors.from_energies(rows @ core, columns.T, self.energies(weight, stats))
+        # Of what is truncated in the mode of the inputs, U_2 and all H_k are one SVD.
+        return Factors.from_energies(*truncated_svd(weight, rank))
 
     def objective(self, difference, stats):
         return difference.square().sum()

@@ -27,8 +27,8 @@ class LinformerConfig(BertConfig):
             head of each layer has one for keys and one for values; `"headwise"`: the heads of a layer share both;
             `"key_value"`: one for all of a layer; `"layerwise"`: one for the whole model.
         projection_start (`str`, defaults to `"normal"`): `"normal"`, with the variance of Xavier's; or `"strided"`:
-            the i-th sum is of the tokens i, i + k, i + 2 k, ..., which leaves sequences of k tokens as they are. With
-            it, a BERT checkpoint goes on where it was.
+            the i-th sum is of the tokens i, i + k, i + 2 k, ..., which leaves sequences of up to k tokens as they are.
+            With it, a BERT checkpoint goes on where it was.
         max_position_embeddings (`int`, defaults to 512): the longest input, n; longer ones are refused.
         kwargs: everything else as in `transformers.BertConfig`; decoders are refused.
 
@@ -105,7 +105,8 @@ class LinformerSelfAttention(BertSelfAttention):
 
         softmax(Q (E K)^T / sqrt(d)) F V,    E, F `(k, n)`
 
-    Rows of padding are zero before they are projected, so that no sum holds them.
+    Rows of padding are zero before they are projected, so that no sum holds them. Of a sequence of t < k tokens the
+    first t sums are attended to: more would only say again what these say.
 
     Args:
         config ([`LinformerConfig`]): sizes and sharing.
@@ -134,10 +135,22 @@ class LinformerSelfAttention(BertSelfAttention):
             if attention_mask is not None:
                 rows = rows.masked_fill(~attention_mask[..., None], 0)
             projected.append(own(rows.view(shape).transpose(1, 2)))
+        mask = self._sums_to_attend(query, projected[0].shape[2], attention_mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.dropout.p if self.training else 0.0
-        output, weights = attend(self, query, *projected, None, dropout=dropout, scaling=self.scaling, **kwargs)
+        output, weights = attend(self, query, *projected, mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+
+    @staticmethod
+    def _sums_to_attend(query, sums, attention_mask):
+        """What to add to the scores `(batch, heads, t, sums)`: sums beyond the number of tokens are no keys."""
+        length = query.shape[2]
+        if attention_mask is None and length >= sums:
+            return None
+        tokens = query.new_full((len(query),), length) if attention_mask is None else attention_mask.sum(1)
+        # One is left where there is padding alone: a softmax over nothing is not a number.
+        beyond = torch.arange(sums, device=query.device) >= tokens.clamp(min=1)[:, None]
+        return query.new_zeros(beyond.shape).masked_fill(beyond, torch.finfo(query.dtype).min)[:, None, None]
 
 
 class LinformerModel(BertModel):
@@ -145,7 +158,8 @@ class LinformerModel(BertModel):
 
     Everything else, parameter names included, is BERT's: `LinformerModel.from_pretrained` takes a BERT checkpoint
     with `config=LinformerConfig(...)` of the same sizes, and starts the projections anew. With k = n and E = F = 1 it
-    is BERT. Padding contributes nothing: an input gives what it gives when it is filled up to any length.
+    is BERT, as it is with the strided start for every input of up to k tokens. Padding contributes nothing: an input
+    gives what it gives when it is filled up to any length.
 
     Args:
         config ([`LinformerConfig`]): sizes and sharing.
@@ -159,8 +173,9 @@ class LinformerModel(BertModel):
         ConfigError: a longer input, or a mask that is not `(batch, t)`.
 
     Reference:
-        Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, https://arxiv.org/abs/2006.04768. Both
-        starts of the projections are ours: `"normal"` is reconstructed, `"strided"` is not of the paper.
+        Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, https://arxiv.org/abs/2006.04768, for
+        inputs of n tokens. Differs: shorter ones, padding, and fewer tokens than k are ours, as are both starts of the
+        projections: `"normal"` is reconstructed, `"strided"` is not of the paper.
     """
 
     config: LinformerConfig

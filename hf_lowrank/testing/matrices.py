@@ -3,7 +3,7 @@
 import torch
 
 
-DEGENERACIES = ("none", "low_rank", "zero", "duplicated_rows")
+DEGENERACIES = ("none", "low_rank", "zero", "duplicated_rows", "flat")
 
 
 def make_weight(rows, columns, decay=0.9, degeneracy="none", seed=0):
@@ -13,7 +13,8 @@ def make_weight(rows, columns, decay=0.9, degeneracy="none", seed=0):
         rows (`int`): out features.
         columns (`int`): in features.
         decay (`float`, defaults to 0.9): ratio of neighbouring singular values, in (0, 1].
-        degeneracy (`str`, defaults to `"none"`): `"low_rank"` (half the rank), `"zero"`, or `"duplicated_rows"`.
+        degeneracy (`str`, defaults to `"none"`): `"low_rank"` (half the rank), `"zero"`,
+            `"duplicated_rows"`, or `"flat"` (all singular values are 1).
         seed (`int`, defaults to 0): of the random singular vectors.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -23,6 +24,8 @@ def make_weight(rows, columns, decay=0.9, degeneracy="none", seed=0):
         values[size // 2 :] = 0
     elif degeneracy == "zero":
         values[:] = 0
+    elif degeneracy == "flat":
+        values[:] = 1
     u = torch.linalg.qr(torch.randn(rows, size, generator=generator, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(columns, size, generator=generator, dtype=torch.float64)).Q
     weight = (u * values) @ v.T

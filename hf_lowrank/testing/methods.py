@@ -4,7 +4,7 @@ import torch
 
 from ..linalg import truncated_svd
 from ..statistics import STATISTICS
-from .matrices import make_gram, make_inputs, make_weight
+from .matrices import DEGENERACIES, make_gram, make_inputs, make_weight
 
 
 # float64 throughout; the slack covers the square root of rounding in squared errors.
@@ -51,8 +51,9 @@ def check_method(method):
 
     Exact at full rank; the error falls with the rank and equals `error_curve`; no worse than plain SVD in its own
     objective; a shift of the bias comes where it was announced, and is zero at full rank; same input, same bits; the
-    weight is left alone; degenerate weights and singular statistics give finite factors; float32 and bfloat16 weights
-    are accepted; the documentation names a reference.
+    weight is left alone; degenerate weights, singular statistics and those of inputs that were never seen give finite
+    factors, and the error that is reported is the one there is; float32 and bfloat16 weights are accepted; the
+    documentation names a reference.
 
     Of a method that is not as good as an SVD of its rank (`bound`), full rank need not be exact, and plain SVD is that
     of the rank it says; one that is not `thin` is not compared with it. One that `searches` has to improve with twice
@@ -103,11 +104,17 @@ def check_method(method):
             assert torch.equal(again.right, factors.right)
         assert torch.equal(weight, before), "the weight must not be written to"
         singular = make_statistics(method, rows, columns, tokens=columns // 3)
-        for degenerate in ("low_rank", "zero", "duplicated_rows"):
-            for some in (stats, singular):
-                factors = method.factorize(make_weight(rows, columns, degeneracy=degenerate), size // 2, some)
+        unseen = OnlyDeclared({name: torch.zeros_like(statistic) for name, statistic in stats.items()})
+        for degeneracy in DEGENERACIES:
+            degenerate = make_weight(rows, columns, degeneracy=degeneracy)
+            for some in (stats, singular, unseen):
+                factors = method.factorize(degenerate, size // 2, some)
                 assert torch.isfinite(factors.left).all()
                 assert torch.isfinite(factors.right).all()
+                achieved = float(method.objective(degenerate - factors.product(), some))
+                zero_error = float(method.objective(degenerate, some))
+                expected = max(achieved / zero_error, 0) ** 0.5 if zero_error > 0 else 0.0
+                assert abs(factors.relative_error - expected) < 1e-4, degeneracy
         for dtype in (torch.float32, torch.bfloat16):
             factors = method.factorize(weight.to(dtype), size // 2, stats)
             assert factors.left.dtype == torch.float64

@@ -85,6 +85,7 @@ def test_sides_that_cannot_be_divided():
 
 def test_the_laws_hold_with_other_options():
     check_method(MultiResolution(ranks=(2, 3), joint_als_sweeps=1, als_sweeps=2))
+    check_method(MultiResolution(order="fine_to_coarse", ranks=(2, 2), als_sweeps=2))
 
 
 def test_a_budget_counts_all_levels_and_a_checkpoint_brings_them_back(tmp_path):

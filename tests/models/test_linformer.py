@@ -57,11 +57,18 @@ def test_with_the_identity_as_projection_it_is_bert(sharing, attention):
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-def test_with_a_strided_start_a_sequence_of_k_tokens_meets_bert(sharing):
-    model = make(sharing=sharing, projection_start="strided")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_with_a_strided_start_a_sequence_of_up_to_k_tokens_meets_bert(sharing, attention):
+    model = make(sharing=sharing, projection_start="strided", attn_implementation=attention)
     bert = BertModel(BertConfig(**SIZES)).eval()
     bert.load_state_dict(model.state_dict(), strict=False)
-    torch.testing.assert_close(model(ids(6))[0], bert(ids(6))[0], rtol=1e-5, atol=1e-5)
+    for length in (1, 3, 6):
+        torch.testing.assert_close(model(ids(length))[0], bert(ids(length))[0], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(ids(7))[0], bert(ids(7))[0], atol=1e-3)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0]])
+    found, expected = (m(ids(7), attention_mask=mask)[0] for m in (model, bert))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=1e-5, atol=1e-5)
+    assert torch.isfinite(model(ids(7), attention_mask=torch.zeros_like(mask))[0]).all()
     for weight in projections(model).values():
         assert torch.equal(weight.sum(-2), torch.ones(weight.shape[:-2] + (24,))), "every token once"
 
