@@ -12,11 +12,13 @@ from hf_lowrank import (
     ConfigError,
     FormatLinear,
     LowRankConfig,
+    LowRankLinear,
     RankError,
     TargetError,
     UnknownNameError,
     collect_statistics,
     factorize,
+    prune_channels,
     truncate,
 )
 from hf_lowrank.testing import tiny_model
@@ -121,3 +123,48 @@ def test_a_basis_in_use_by_others_is_refused():
     factorize(model, LowRankConfig(method=method, calibration=[inputs()], param_ratio=0.5))
     with pytest.raises(TargetError, match="shares its basis with other layers"):
         truncate(model, 3)
+
+
+@pytest.mark.parametrize("method", ["tensor_train", "sparse_low_rank", "multi_resolution", "compot", "svd"])
+def test_another_format_without_a_rank_loses_nothing(method):
+    model, inputs = tiny_model("llama")
+    calibration = [inputs()] if method == "compot" else None
+    factorize(model, LowRankConfig(method=method, param_ratio=0.5), calibration)
+    weights = {name: layer.exact_weight() for name, layer in layers(model).items()}
+    lost = truncate(model, format="low_rank")
+    assert set(lost) == (set() if method == "svd" else set(weights))
+    for name, layer in layers(model).items():
+        assert isinstance(layer, LowRankLinear)
+        torch.testing.assert_close(layer.exact_weight(), weights[name], rtol=0, atol=1e-6)
+    truncate(model, rank=4, format="pivoted")
+    assert {layer.rank for layer in layers(model).values()} == {4}
+
+
+def test_layers_that_were_pruned_are_left_alone():
+    model, inputs = tiny_model("llama")
+    feed_forward = ["gate_proj", "up_proj", "down_proj"]
+    factorize(model, LowRankConfig(method="svd", rank=16, exclude_modules=feed_forward))
+    prune_channels(model, 0.8, calibration=[inputs()])
+    pruned = {name: p.clone() for name, p in model.named_parameters() if ".mlp." in name}
+    lost = truncate(model, rank=12)
+    assert lost
+    assert not any(".mlp." in name for name in lost)
+    assert all(torch.equal(dict(model.named_parameters())[name], p) for name, p in pruned.items())
+    with pytest.raises(TargetError, match="`rank_pattern` has 'up_proj', which matches no factorized layer"):
+        truncate(model, rank_pattern={"up_proj": 3})
+
+
+def test_statistics_may_be_a_file_and_arguments_are_what_they_should_be(tmp_path):
+    model, inputs = tiny_model("llama")
+    statistics = collect_statistics(model, [inputs()], method="whitened_svd")
+    statistics.save(tmp_path / "statistics.safetensors")
+    factorize(model, LowRankConfig(method="svd", rank=16))
+    twin = copy.deepcopy(model)
+    lost = truncate(model, 8, method="whitened_svd", statistics=statistics)
+    assert truncate(twin, 8, method="whitened_svd", statistics=str(tmp_path / "statistics.safetensors")) == lost
+    with pytest.raises(ConfigError, match="`method`='random' starts from scratch; choose 'svd'"):
+        truncate(model, 4, method="random")
+    with pytest.raises(ConfigError, match=r"`rank_pattern`=\['q_proj'\] of truncate must be a dict"):
+        truncate(model, rank_pattern=["q_proj"])
+    with pytest.raises(TargetError, match="`model`='me/model' must be a factorized model, not str"):
+        truncate("me/model", 4)

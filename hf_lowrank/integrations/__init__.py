@@ -18,10 +18,12 @@ from .parallel import install_parallel_plans
 from .peft_lora import install_when_imported, residual_adapter, train_only
 from .pruning import prune_channels
 from .quantizer import LowRankQuantizer
+from .saving import install_saving
 from .verbs import collect_statistics, factorize, to_dense
 
 
 install_keyword()
+install_saving()
 install_guard(QUANT_METHOD)
 install_parallel_plans()
 install_when_imported()

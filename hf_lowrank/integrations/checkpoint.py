@@ -101,28 +101,63 @@ def _cast(read, key, dtype):
     return read(key).to(dtype)
 
 
-def parameter_names(model, keys, key_mapping=None, quantizer=None):
-    """The names that loading `keys` into `model` gives them, after transformers' own renaming and merging."""
+def parameter_shapes(model, keys, key_mapping=None, quantizer=None):
+    """What loading `keys` into `model` makes of them, after transformers' own renaming and merging.
+
+    Args:
+        model, keys, key_mapping, quantizer: as of [`Conversions`]; `keys` may be a dict with their shapes.
+
+    Returns:
+        `dict[str, tuple | None]`: by the name of a parameter its shape, where it is one tensor of a known shape.
+    """
     conversions = Conversions(model, keys, key_mapping, quantizer)
-    return {name for made in (conversions.keys, conversions.unexpected) for c in made for name in conversions.names(c)}
+    shapes = keys if isinstance(keys, dict) else {}
+    found = {}
+    for made in (conversions.keys, conversions.unexpected):
+        for conversion, sources in made.items():
+            (key, pattern), alone = sources[0], len(sources) == 1
+            shape = shapes.get(key) if alone and pattern is None else None
+            found.update(dict.fromkeys(conversions.names(conversion), shape))
+    return found
 
 
-def check_complete(model, dense_sites, names):
-    """Refuse a checkpoint that lacks a factor, or that holds factors its config does not mention."""
-    missing = sorted(
-        name
-        for site, kind in factorized(model).items()
-        for name in kind.stored(model, site, bias=True)
-        if name not in names
-    )
+def check_complete(model, dense_sites, shapes, packed=False):
+    """Refuse a checkpoint whose config says of a factorized layer anything else than its weights.
+
+    Args:
+        model (`PreTrainedModel`): the skeleton that the config describes.
+        dense_sites (`list[Site]`): the sites that stay dense.
+        shapes (`dict`): from [`parameter_shapes`].
+        packed (`bool`, defaults to `False`): whether an inner quantizer packs tensors, whose shapes are its own.
+
+    Raises:
+        CheckpointError: a factor that is missing, of another shape, or not mentioned in the config.
+    """
+    found, known = factorized(model), set(model.state_dict())
+    expected = {site: kind.stored(model, site, bias=True) for site, kind in found.items()}
+    missing = sorted(name for stored in expected.values() for name in stored if name not in shapes)
     stray = sorted(
         site.name
         for site in dense_sites
-        if site.weight_name not in names and any(name.startswith((f"{site.name}.", f"{site.name}_")) for name in names)
+        if site.weight_name not in shapes and any(_belongs(name, site.name) for name in shapes)
     )
-    if missing or stray:
+    surplus = sorted(
+        name for name in shapes if name not in known and any(name.startswith(f"{site}.") for site in expected)
+    )
+    differing = sorted(
+        name
+        for stored in expected.values()
+        for name, tensor in stored.items()
+        if not packed and shapes.get(name) not in (None, tuple(tensor.shape))
+    )
+    if missing or stray or surplus or differing:
         raise CheckpointError(
-            f"The checkpoint is damaged: its config and its weights do not agree on {(missing or stray)[0]}"
-            f" ({len(missing)} factors are missing, {len(stray)} layers are factorized in the weights only). "
-            "Download or save it again."
+            "The checkpoint is damaged: its config and its weights do not agree on "
+            f"{(missing or stray or surplus or differing)[0]} ({len(missing)} factors are missing, {len(stray)} "
+            f"layers are factorized in the weights only, {len(surplus)} tensors are of no factor, {len(differing)} "
+            "have another shape). Download or save it again."
         )
+
+
+def _belongs(name, site):
+    return name.startswith((f"{site}.", f"{site}_"))

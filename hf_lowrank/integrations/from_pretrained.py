@@ -10,12 +10,11 @@ import warnings
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError
-from ..methods import METHODS
 from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer
 from .config import QUANT_METHOD
 from .planning import gather, informed_plan, saved_for
-from .request import check, hub_arguments, path, quantizing, requested, stored_method
+from .request import check, hub_arguments, path, quantizing, refuse_start, requested, stored_method
 from .session import Rehearsed, Session
 from .verbs import factorize_in_memory
 
@@ -63,7 +62,7 @@ def _load(load, cls, config, args, kwargs):
         stack.enter_context(_removing_new_files(session.offload_folder))
         # A factorized checkpoint wins, with a warning by transformers: calibrating would be for nothing.
         if stored is None:
-            _refuse_start(config.method)
+            refuse_start(config.method)
             if config.compares:
                 return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:
@@ -71,21 +70,6 @@ def _load(load, cls, config, args, kwargs):
             if config.needs_curves and session.measured.ranks is None:
                 _measure(load, config, args, kwargs)
         return _load_once(load, session, args, kwargs)
-
-
-def _refuse_start(method):
-    if method.initialises:
-        raise ConfigError(
-            f"`method`={method.name!r} starts from scratch, and the weights of the checkpoint would be lost. Build "
-            "the model with `from_config` and call hf_lowrank.factorize(model, config). For trained weights in the "
-            f"same format, use a method that approximates them, such as {_approximates(method)}."
-        )
-
-
-def _approximates(method):
-    """The names of methods that store trained weights in the format of `method`."""
-    others = [name for name in METHODS.names() if METHODS[name].format == method.format]
-    return ", ".join(repr(name) for name in others if not METHODS[name]().initialises)
 
 
 def _session(kwargs):

@@ -14,7 +14,7 @@ from ..errors import CalibrationError, CheckpointError, ResourceError
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
 from ..surgery import all_sites, lend_bases, specs
-from .checkpoint import check_complete, parameter_names, stored_keys
+from .checkpoint import check_complete, parameter_shapes, stored_keys
 from .composite import CompositeQuantizer
 from .config import QUANT_METHOD
 from .densify import detach, multiply_out, refuse_adapters
@@ -92,14 +92,14 @@ class LowRankQuantizer(CompositeQuantizer):
             model, checkpoint_files=checkpoint_files, device_map=device_map, **kwargs
         )
         # Only now the inner quantizer knows by which names it has stored what.
-        names = None if dense is None else self._stored_names(model, checkpoint_files)
-        if names is not None:
-            check_complete(model, dense, names)
+        shapes = None if dense is None else self._stored_shapes(model, checkpoint_files)
+        if shapes is not None:
+            check_complete(model, dense, shapes, packed=self.quantization_config.inner is not None)
 
-    def _stored_names(self, model, checkpoint_files):
-        """Parameters of `model` that the checkpoint holds, by their names in the model; `None` if nobody can tell."""
+    def _stored_shapes(self, model, checkpoint_files):
+        """What the checkpoint holds, by the names of parameters of `model`; `None` if nobody can tell."""
         keys = self.session.given_keys if not checkpoint_files else stored_keys(checkpoint_files)
-        return None if keys is None else parameter_names(model, keys, self.session.key_mapping, self)
+        return None if keys is None else parameter_shapes(model, keys, self.session.key_mapping, self)
 
     def _build_from_modules(self, model):
         """Put the layers in that the checkpoint describes; returns the sites that stay dense."""
@@ -132,7 +132,7 @@ class LowRankQuantizer(CompositeQuantizer):
             device_map (*optional*): as of `from_pretrained`.
         """
         config = self.quantization_config
-        names = self._stored_names(model, checkpoint_files)
+        names = self._stored_shapes(model, checkpoint_files)
         available = None if names is None else (lambda site: site.weight_name in names)
         _settle_dtypes(model, self._loaded_dtype)
         if self.session.rehearsing:

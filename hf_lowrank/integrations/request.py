@@ -6,6 +6,7 @@ import logging
 from transformers import PreTrainedConfig
 
 from ..errors import ConfigError
+from ..methods import METHODS
 from .config import QUANT_METHOD, LowRankConfig
 from .inner import as_inner, method_of
 
@@ -106,3 +107,20 @@ def hub_arguments(kwargs):
 def path(args, kwargs):
     """The name or folder of the model."""
     return args[0] if args else kwargs.get("pretrained_model_name_or_path")
+
+
+def refuse_start(method):
+    """Raise [`ConfigError`] for a method that would put random factors in the place of a checkpoint's weights."""
+    if method.initialises:
+        raise ConfigError(
+            f"`method`={method.name!r} starts from scratch, and the weights of the checkpoint would be lost. Build "
+            "the model with `from_config` and call hf_lowrank.factorize(model, config). For trained weights in the "
+            f"same format, use a method that approximates them, such as {_approximates(method)}."
+        )
+
+
+def _approximates(method):
+    """The names of methods that store trained weights in the format of `method`."""
+    names = [name for name in METHODS.names() if METHODS[name].format == method.format]
+    names = [name for name in names if not METHODS[name]().initialises]
+    return ", ".join(f"{name!r}{' with its default options' if name == method.name else ''}" for name in names)

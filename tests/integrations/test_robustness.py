@@ -13,7 +13,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertModel, GPTQConfig
 
 import hf_lowrank
-from hf_lowrank import LowRankConfig, LowRankLinear, Statistics, collect_statistics, factorize, summary, to_dense
+from hf_lowrank import (
+    METHODS,
+    LowRankConfig,
+    LowRankLinear,
+    Statistics,
+    collect_statistics,
+    factorize,
+    summary,
+    to_dense,
+)
 from hf_lowrank.integrations.guard import GUARD
 from hf_lowrank.testing import tiny_model
 
@@ -86,10 +95,39 @@ def test_a_forgotten_module_is_never_random(small):
 
 
 def test_dense_weights_under_a_factorized_config_are_refused(small, tmp_path):
+    described = (small / "config.json").read_text()
     dense = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(small))
     dense.save_pretrained(tmp_path / "mixed")
+    assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")), run(dense))
+    (tmp_path / "mixed" / "config.json").write_text(described)
     with pytest.raises(hf_lowrank.CheckpointError, match="do not agree"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "mixed")
+
+
+DAMAGE = {
+    "sparse_low_rank": lambda spec: spec.pop("nonzeros"),
+    "weighted_bases": lambda spec: spec.update(format="low_rank"),
+    "multi_resolution": lambda spec: spec.pop("levels"),
+    "low_rank": lambda spec: spec.update(rank=spec["rank"] - 1),
+    "pivoted": lambda spec: spec.update(rank=spec["rank"] + 1),
+    "tensor_train": lambda spec: spec.update(format="low_rank", rank=4),
+}
+
+
+@pytest.mark.parametrize("format", DAMAGE)
+def test_a_config_that_says_something_else_of_a_layer_is_refused(llama, tmp_path, format):
+    only = {name: METHODS[name] for name in METHODS.names() if METHODS[name].format == format}
+    method = next((name for name, cls in only.items() if cls.only_format), "svd")
+    options = {} if METHODS[method].only_format else {"format": format}
+    model = factorize(
+        AutoModelForCausalLM.from_pretrained(llama), LowRankConfig(method=method, param_ratio=0.6, **options)
+    )
+    model.save_pretrained(tmp_path / "small")
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    DAMAGE[format](config["quantization_config"]["modules"]["model.layers.0.mlp.up_proj"])
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(hf_lowrank.CheckpointError, match=r"do not agree on model\.layers\.0\.mlp\.up_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "small")
 
 
 def test_the_guard_survives_editing_the_config(small):

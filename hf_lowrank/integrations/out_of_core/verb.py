@@ -11,6 +11,7 @@ from ...files import PARTIAL, enough_space
 from ...parts import Parts
 from ..calibration import as_calibration
 from ..config import LowRankConfig
+from ..request import refuse_start
 from ..session import Session
 from .curves import measure
 from .data import check_data, description, gather, repeatable
@@ -50,7 +51,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
         [`FactorizedCheckpoint`]: print it, or read its `summary`.
 
     Raises:
-        ConfigError: a configuration that takes the whole model, or a target that is there already.
+        ConfigError: a configuration that takes the whole model or starts from scratch; a target that is there.
         CheckpointError: a source that is damaged, incomplete, changed since the interrupted call, or of an
             architecture whose weights cannot be read one by one; a damaged part. The message names the file.
         ResourceError: the disk is full; nothing but finished parts stays, and the call can be repeated.
@@ -63,6 +64,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
     calibration, config.calibration = repeatable(as_calibration(config.calibration)), None
     config.session = Session()
     _refuse_whole_models(config)
+    refuse_start(config.method)
     split({}, max_shard_size)
     target = os.path.abspath(target)
     there = _is_there(target)

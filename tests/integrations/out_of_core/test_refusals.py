@@ -45,6 +45,12 @@ def test_what_takes_the_whole_model(dense, options, match, tmp_path):
     refuse(dense("llama"), tmp_path, hf_lowrank.ConfigError, match, LowRankConfig(**options))
 
 
+@pytest.mark.parametrize("method", ["random", "sltrain", {"name": "hybrid", "from_scratch": True}])
+def test_methods_that_would_forget_the_weights(dense, method, tmp_path):
+    config = LowRankConfig(method=method)
+    refuse(dense("llama"), tmp_path, hf_lowrank.ConfigError, "starts from scratch, and the weights", config)
+
+
 def test_arguments(dense, tmp_path):
     refuse(dense("llama"), tmp_path, hf_lowrank.ConfigError, "`config` must be a LowRankConfig, not dict", {"rank": 4})
     refuse(
