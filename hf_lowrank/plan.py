@@ -5,6 +5,8 @@ import logging
 import math
 from dataclasses import dataclass
 
+import torch
+
 from .allocation import Candidate, allowed_ranks, fill, rank_for_energy
 from .errors import ConfigError, RankError, TargetError
 from .factorize import format_for
@@ -17,6 +19,9 @@ from .surgery import match_sites, pattern_for, pattern_hits
 
 
 logger = logging.getLogger(__name__)
+
+# What factors are computed of; the arithmetic in between is float64.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -115,6 +120,7 @@ def make_plan(model, recipe, available=None, measured=None):
         )
     for site in sites:
         _check_convolution(site, recipe)
+        _check_dtype(model, site)
     sites = group_sites(model, sites, recipe.method)
     fixed = _fixed_ranks(sites, recipe.rank_pattern)
     if recipe.rank is not None:
@@ -295,6 +301,15 @@ def _check_shift(site, recipe):
         raise ConfigError(
             f"`method`={recipe.method.name!r} changes biases, and {site.name} has no place for them; leave "
             "it out with `exclude_modules`, or choose a method or an option that changes none."
+        )
+
+
+def _check_dtype(model, site):
+    dtype = model.get_parameter(site.weight_name).dtype
+    if dtype.is_complex or (dtype.is_floating_point and dtype not in FLOATS):
+        raise TargetError(
+            f"The weight of {site.name} is of {dtype}, and factors are computed of {', '.join(map(str, FLOATS))}; "
+            "convert it, or leave it out with `exclude_modules`."
         )
 
 

@@ -103,9 +103,13 @@ class Recipe:
             raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
         if self.compute_device is not None:
             try:
-                torch.empty(0, device=self.compute_device)
+                device = torch.empty(0, device=self.compute_device).device
             except (RuntimeError, AssertionError, TypeError) as error:
                 raise ConfigError(f"`compute_device`={self.compute_device!r} cannot be used here: {error}") from error
+            if device.type == "meta":
+                raise ConfigError("`compute_device`='meta' computes nothing; give one that does, such as 'cpu'.")
+            # A torch.device is no JSON, which the recipe of a checkpoint is.
+            self.compute_device = str(self.compute_device)
         if not is_integer(self.seed, 0):
             raise ConfigError(f"`seed`={self.seed!r} must be an integer of at least 0.")
 

@@ -15,19 +15,31 @@ ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
 
 def all_sites(model):
-    """Every dense linear map of `model`, shared modules once, in the order of the modules."""
-    found = []
+    """Every dense linear map of `model`, shared modules once, in the order of the modules.
+
+    The linears that a factorized layer is made of are its factors, and no maps of the model.
+    """
+    found, factors = [], set()
     for name, module in model.named_modules():
-        kind = kind_of(module)
+        if isinstance(module, (FormatLinear, LowRankConv)):
+            factors.update(module.modules())
+        kind = None if module in factors else kind_of(module)
         if kind is not None:
             found.extend(kind.sites(name, module))
     return found
 
 
 def factorized(model):
-    """`{name: kind}` of every factorized site of `model`."""
-    found = {}
+    """`{name: kind}` of every factorized site of `model`.
+
+    A layer inside a module that `stands_for_dense`, which trains and saves a dense weight, is no site of its own.
+    """
+    found, inner = {}, set()
     for name, module in model.named_modules():
+        if getattr(module, "stands_for_dense", False):
+            inner.update(module.modules())
+        if module in inner:
+            continue
         if isinstance(module, FormatLinear):
             found[name] = dense_kind(module)
         elif isinstance(module, LowRankConv):

@@ -26,7 +26,8 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
     with the objective of `method`: the Frobenius norm for `"svd"`, the output error on calibration inputs for
     `"whitened_svd"`. It is what follows merging, which appends factors: ranks grow by the rank of every adapter. What
     a format holds beside two factors stays as it is, unless the format changes: then the rank is that of the whole
-    weight. Layers that [`prune_channels`] has made narrower are no factors, and are left alone.
+    weight. Layers that [`prune_channels`] has made narrower are no factors, and are left alone unless both a rank and
+    a format are given.
 
     Args:
         model (`torch.nn.Module`): factorized, without adapters.
@@ -65,7 +66,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
     found = {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, FormatLinear) and not isinstance(layer, DenseLinear)
+        if isinstance(layer, FormatLinear) and (target is not None or not isinstance(layer, DenseLinear))
     }
     if not found:
         kind = (
@@ -79,7 +80,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
     made = {}
     for name, layer in found.items():
         stays = target in (None, FORMATS[layer.name])
-        if stays and ranks.get(name, layer.rank) >= layer.rank:
+        if stays and ranks.get(name, layer.rank) >= layer.rank or isinstance(layer, DenseLinear) and name not in ranks:
             continue
         _check(name, layer, lenders)
         stats = statistics.get(name, method.statistics) if method.statistics else {}

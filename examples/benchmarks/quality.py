@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import setups
 from hf_lowrank import (
     Calibration,
+    FormatLinear,
     LowRankConfig,
     PerplexityTask,
     collect_statistics,
@@ -138,6 +139,9 @@ class Maker:
 
         config = Int8WeightOnlyConfig() if kind == "int8" else PrototypeInt4WeightOnlyConfig(group_size=GROUP)
         names = {site.name for site in match_sites(model)}
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, FormatLinear)}
+        for name, layer in layers.items():
+            names |= {f"{name}.{leaf}" for leaf, child in layer.named_modules() if isinstance(child, torch.nn.Linear)}
         seconds, _ = timed(lambda: quantize_(model, config, filter_fn=lambda module, name: name in names))
         size = size_of(model)
         # Kernels for CPUs that compute with few bits are many times slower than a dense product, so the weights they

@@ -46,6 +46,11 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     config = LowRankConfig() if config is None else config
     if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"`model`={model!r} must be a model in memory; of a name or folder, "
+            "`from_pretrained(..., lowrank_config=config)` factorizes while it loads."
+        )
     config = config.again()
     if config.inner is not None:
         raise ConfigError(

@@ -22,6 +22,9 @@ class StraightThroughLinear(nn.Module):
         factorized ([`FormatLinear`]): F(W), without a bias.
     """
 
+    # What it saves is W, and F(W) no layer of a model of its own.
+    stands_for_dense = True
+
     def __init__(self, dense, site, factorized):
         super().__init__()
         self.weight, self.bias = dense.weight, dense.bias

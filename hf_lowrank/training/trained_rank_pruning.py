@@ -5,12 +5,12 @@ import re
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TargetError
 from ..formats import LowRankLinear
 from ..integrations import LowRankConfig, factorize
 from ..linalg import energy_rank, low_rank_projection
 from ..recipe import DENSE
-from ..surgery import all_sites
+from ..surgery import all_sites, factorized
 from ._base import (
     WeightCallback,
     add_site_buffer,
@@ -61,8 +61,9 @@ class TrainedRankPruningCallback(WeightCallback):
     Raises:
         ConfigError: a value that is not allowed; before the first step, a period longer than the run, fp16 or
             DeepSpeed.
-        TargetError: when `Trainer` is made, a pattern that matches nothing or a frozen weight; before the first step,
-            weights that are split over processes.
+        TargetError: when `Trainer` is made, a pattern that matches nothing, a frozen weight, or, with
+            `factorize_at_end`, a model that is factorized in part; before the first step, weights that are split over
+            processes.
         CheckpointError: before the first step, a checkpoint without the state of this callback.
         NonFiniteError: a weight holds NaN or infinity where it is to be projected.
 
@@ -115,6 +116,11 @@ class TrainedRankPruningCallback(WeightCallback):
             )
 
     def register(self, model):
+        if self.factorize_at_end and factorized(model):
+            raise TargetError(
+                f"{next(iter(factorized(model)))} is factorized already, so that the run could not end with factors; "
+                "call hf_lowrank.to_dense(model) first, or give `factorize_at_end=False`."
+            )
         for site in trainable_sites(model, self.target_modules, self.exclude_modules):
             add_site_buffer(model, site, self.prefix, "rank", torch.zeros((), dtype=torch.int64))
 

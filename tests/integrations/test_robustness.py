@@ -372,6 +372,34 @@ def test_a_device_that_is_not_there(device):
         LowRankConfig(compute_device=device)
 
 
+def test_a_device_may_be_given_as_torch_has_it(tmp_path):
+    model, _ = tiny_model("llama")
+    factorize(model, svd(compute_device=torch.device("cpu"))).save_pretrained(tmp_path / "small")
+    recipe = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]["recipe"]
+    assert recipe["compute_device"] == "cpu"
+    with pytest.raises(hf_lowrank.ConfigError, match="`compute_device`='meta' computes nothing"):
+        svd(compute_device="meta")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_factors_cannot_be_computed_of_are_refused_before_any_is_touched(dtype):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].to(dtype) if dtype.is_complex else setattr(model[1].weight, "data", model[1].weight.data.to(dtype))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(hf_lowrank.TargetError, match=rf"The weight of 1 is of {dtype}, .*`exclude_modules`"):
+        factorize(model, svd())
+    assert all(type(layer) is nn.Linear for layer in model)
+    assert all(torch.equal(tensor.view(torch.uint8), before[name].view(torch.uint8))
+               for name, tensor in model.state_dict().items())  # fmt: skip
+    factorize(model, svd(exclude_modules=["1"]))
+    assert isinstance(model[0], LowRankLinear)
+
+
+def test_a_name_is_no_model():
+    with pytest.raises(hf_lowrank.ConfigError, match="`model`='me/model' must be a model in memory"):
+        factorize("me/model", svd())
+
+
 def test_a_budget_that_cannot_be_met_is_said(caplog):
     factorize(tiny_model("llama")[0], svd(param_ratio=None, target_params=1))
     assert "The budget is 1 parameters, but even the smallest allowed ranks keep" in caplog.text

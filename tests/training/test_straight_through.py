@@ -176,7 +176,20 @@ def test_a_checkpoint_of_the_training_holds_a_dense_model(tmp_path):
     trainer.train()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     assert not any(isinstance(module, FormatLinear) for module in model.modules())
+    assert "quantization_config" not in json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())
     assert torch.isfinite(logits(model)).all()
+
+
+def test_factors_of_a_factorized_model_are_no_weights_to_train(tmp_path):
+    model = tiny_model("llama")[0]
+    factorize(model.model.layers[0], LowRankConfig(method="svd", rank=8))
+    trainer = make(tmp_path, callback(), model=model)
+    trainer.train()
+    assert {row.format for row in summary(model).rows if ".layers.0." in row.name} == {"low_rank"}
+    trainer.save_model(str(tmp_path / "small"))
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_restored_callback_is_the_one_the_run_began_with(tmp_path):

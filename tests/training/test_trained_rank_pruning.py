@@ -228,8 +228,11 @@ def test_training_ends_with_factors_where_they_are_smaller_that_load_anywhere(tm
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_same(again.state_dict(), trainer.model.state_dict())
     assert make(tmp_path, model=again).evaluate()["eval_loss"] == pytest.approx(evaluated, rel=1e-6)
+    for options in ({}, {"target_modules": ["v_proj"]}):
+        with pytest.raises(TargetError, match=r"is factorized already, .*call hf_lowrank.to_dense\(model\) first"):
+            make(tmp_path, TrainedRankPruningCallback(**options), model=again)
     with pytest.raises(TargetError, match="matches no linear layer"):
-        make(tmp_path, TrainedRankPruningCallback(target_modules=["q_proj"]), model=again)
+        make(tmp_path, TrainedRankPruningCallback(target_modules=["q_proj"], factorize_at_end=False), model=again)
 
 
 def test_a_budget_of_parameters(tmp_path):

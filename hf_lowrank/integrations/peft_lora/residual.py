@@ -12,6 +12,7 @@ from ...errors import CheckpointError, ConfigError, LowRankError, TargetError
 from ...formats import FormatLinear, is_packed, plain
 from ...linalg import balanced
 from ...methods import METHODS
+from ...statistics import Statistics
 from ...surgery import all_sites, factorized, matches
 from ..checkpoint import stored_keys
 from .require import require_peft
@@ -33,8 +34,8 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
             read one tensor at a time.
         rank (`int`, defaults to 16): of the adapter, at least 1; capped at `min(out, in)` of a layer.
         method (`str` or [`Method`], *optional*): the metric; `"whitened_svd"` with statistics, else `"svd"`.
-        statistics ([`Statistics`], *optional*): of the dense model, from `hf_lowrank.collect_statistics(dense, ...,
-            method=...)`.
+        statistics ([`Statistics`] or `str`, *optional*): of the dense model, from
+            `hf_lowrank.collect_statistics(dense, ..., method=...)`; or the file that holds them.
         target_modules (`str` or `list[str]`, *optional*): layers of `model`, as in PEFT; every factorized layer, or
             every quantized linear of a model without any, by default.
         adapter_name (`str`, defaults to `"default"`): a new one.
@@ -55,7 +56,10 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
     peft = require_peft("residual_adapter")
     if not is_integer(rank, 1):
         raise ConfigError(f"`rank`={rank!r} of residual_adapter must be an integer of at least 1.")
+    statistics = Statistics.load(statistics) if isinstance(statistics, (str, os.PathLike)) else statistics
     method = METHODS.build(method or ("svd" if statistics is None else "whitened_svd"))
+    if method.initialises:
+        raise ConfigError(f"`method`={method.name!r} approximates nothing; choose another, such as 'svd'.")
     if method.shifts:
         raise ConfigError(f"`method`={method.name!r} shifts biases, which a LoRA has no place for; choose another.")
     if method.only_format:
