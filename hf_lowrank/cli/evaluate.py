@@ -2,8 +2,9 @@
 
 from ..errors import ConfigError
 from ..evaluation import evaluate
+from ..evaluation.output import check_output
 from ..integrations.out_of_core import load_model
-from .options import add_parameters, documentation, given, labelled
+from .options import add_parameters, check_dtype, documentation, given, labelled
 
 
 OPTIONS = ("preset", "max_windows", "limit", "batch_tokens")
@@ -29,6 +30,9 @@ def add_arguments(parser):
 
 def run(arguments):
     """Run the command; returns the [`Evaluation`]."""
+    check_dtype(arguments.dtype)
+    if arguments.output is not None:
+        check_output(arguments.output, "`--output`")
     dtype = {} if arguments.dtype is None else {"dtype": arguments.dtype}
     model = load_model(arguments.model, **dtype)
     result = evaluate(

@@ -7,6 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from ..errors import ConfigError
+
 
 # `name (`type`, *optional*): text`, indented once in the section `Args:`; what goes on is indented twice.
 ENTRY = re.compile(r"^    (\w+)(?: \(((?:[^`()]|`[^`]*`)*)\))?: (.*)$")
@@ -83,6 +87,21 @@ def labelled(entries):
 def given(arguments, names):
     """`{name: value}` of the options in `names` that were given."""
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def check_dtype(dtype):
+    """Refuse what no model can be loaded in; `None` is the dtype of the checkpoint.
+
+    Raises:
+        ConfigError: neither "auto" nor a floating-point dtype of torch.
+    """
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+    if dtype in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return
+    raise ConfigError(
+        f"`dtype`={dtype!r} must be 'auto' or a floating-point dtype of torch, such as 'float32', 'bfloat16' or "
+        "'float16'."
+    )
 
 
 def value(text):

@@ -11,11 +11,13 @@ from ..integrations import model_card
 from ..integrations.out_of_core import is_factorized, load_model, verify_checkpoint
 from ..reporting import summary
 from ..upload import WEIGHTS, upload
+from .measured import measured
 from .options import add_parameters, given
 from .terminal import Output
 
 
-OPTIONS = ("evaluation", "dense", "command")
+MEASURED = ("evaluation", "dense")
+OPTIONS = (*MEASURED, "command")
 
 
 def add_arguments(parser):
@@ -33,9 +35,11 @@ def run(arguments):
     folder = Path(arguments.folder)
     if not is_factorized(arguments.folder):
         raise CheckpointError(f"{arguments.folder} holds no factorized checkpoint; make one with `factorize`.")
+    options = given(arguments, OPTIONS)
+    options |= {name: measured(options[name], f"--{name}") for name in MEASURED if name in options}
     verify_checkpoint(arguments.folder)
     model = load_model(arguments.folder, device_map="meta")
-    card, line = model_card(model, arguments.repo, **given(arguments, OPTIONS)), summary(model).line
+    card, line = model_card(model, arguments.repo, **options), summary(model).line
     try:
         repo = HfApi().create_repo(arguments.repo, private=arguments.private or None, exist_ok=True).repo_id
     except HFValidationError as error:

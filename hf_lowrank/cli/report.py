@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..integrations.measured import as_json
 from ..integrations.out_of_core import is_factorized, load_model, local_folder
 from ..reporting import report
 from ..reporting.report import HTML, JSON
+from .measured import measured
 from .options import labelled
 from .terminal import Output
 
@@ -31,7 +31,7 @@ def run(arguments):
     """Run the command; returns where the page is."""
     if not is_factorized(local_folder(arguments.model)):
         raise ConfigError(f"{arguments.model} is not factorized.")
-    quality = {label: as_json(file) for label, file in labelled(arguments.quality or ()).items()}
+    quality = {label: measured(file, "--quality") for label, file in labelled(arguments.quality or ()).items()}
     dense = None if arguments.dense is None else load_model(arguments.dense)
     found = report(load_model(arguments.model), dense, quality)
     found.save(arguments.out)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import ConfigError, EvaluationError
 from ..integrations.calibration import load_tokenizer
 from ..provenance import command, describe, environment
-from .inference import max_length
+from .inference import check_causal, max_length
 from .multiple_choice import MultipleChoiceTask, score
 from .perplexity import PerplexityTask
 from .perplexity import perplexity as window_perplexity
@@ -53,7 +53,7 @@ def evaluate(
 
     Raises:
         ConfigError: an argument that is not allowed.
-        EvaluationError: data that cannot be read or scored.
+        EvaluationError: data that cannot be read or scored, or a model that is no causal language model.
 
     Reference:
         Preset `"lowrank_arena"`: LowRankArena, arXiv:2608.26389. Its texts and tasks are data set ids, so it needs the
@@ -62,6 +62,7 @@ def evaluate(
     started = time.perf_counter()
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"`preset`={preset!r} must be one of {sorted(PRESETS)}.")
+    check_causal(model)
     texts = _texts(perplexity, PRESETS[preset].perplexity if preset else {}, min(2048, max_length(model) or 2048))
     tasks = _tasks(multiple_choice, PRESETS[preset].multiple_choice if preset else {})
     if not texts and not tasks:

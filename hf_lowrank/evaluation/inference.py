@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..errors import EvaluationError
 from ..statistics.collect import device_of
 
 
@@ -17,6 +18,23 @@ def inference(model):
             yield device_of(model)
     finally:
         model.train(training)
+
+
+def check_causal(model):
+    """Refuse what predicts no next tokens from text alone, of which the numbers would mean nothing.
+
+    Other than `integrations.calibration.is_causal`, it takes the text decoders of models that read images too.
+
+    Raises:
+        EvaluationError: no causal language model.
+    """
+    config = getattr(model, "config", None)
+    generates = hasattr(model, "can_generate") and model.can_generate() and model.main_input_name == "input_ids"
+    if not generates or config.is_encoder_decoder or config.get_text_config().is_encoder_decoder:
+        raise EvaluationError(
+            f"hf_lowrank.evaluation measures causal language models, which {type(model).__name__} is not; give one, "
+            "such as AutoModelForCausalLM loads, or measure this model by a score of its own task."
+        )
 
 
 def max_length(model):

@@ -5,7 +5,7 @@ import inspect
 import torch
 
 from ..errors import EvaluationError, NonFiniteError
-from .inference import inference, max_length
+from .inference import check_causal, inference, max_length
 
 
 def loglikelihoods(model, tokenizer, pairs, batch_tokens=2048):
@@ -21,13 +21,15 @@ def loglikelihoods(model, tokenizer, pairs, batch_tokens=2048):
         `list[float]`, in the order of `pairs`.
 
     Raises:
-        EvaluationError: a continuation without tokens, or with more than the model's positions.
+        EvaluationError: a continuation without tokens, or with more than the model's positions; or a model that is no
+            causal language model.
         NonFiniteError: the model's logits are not finite.
 
     Reference:
         EleutherAI, lm-evaluation-harness 0.4.13, `HFLM.loglikelihood`: the same tokens, and the same truncation from
         the left. Differs in batching: by tokens, and no logits for the context where the model can leave them out.
     """
+    check_causal(model)
     limit = max_length(model)
     requests = []
     for context, continuation in pairs:

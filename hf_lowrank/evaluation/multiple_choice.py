@@ -143,7 +143,7 @@ def multiple_choice(model, tokenizer, task, batch_tokens=2048):
         [`MultipleChoice`].
 
     Raises:
-        EvaluationError: items that are none, or that do not fit the model.
+        EvaluationError: items that are none, or that do not fit the model; or no causal language model.
 
     Reference:
         EleutherAI, lm-evaluation-harness 0.4.13: a space before each choice, lengths without it, the first of equals.

@@ -12,7 +12,7 @@ import torch
 from ..checks import is_integer
 from ..errors import ConfigError, EvaluationError, NonFiniteError
 from ..integrations.data import read_texts
-from .inference import inference, max_length, mean_and_error
+from .inference import check_causal, inference, max_length, mean_and_error
 
 
 JOINS = ("text", "tokens")
@@ -148,9 +148,10 @@ def perplexity(model, ids, window=2048, max_windows=None, bos=None):
 
     Raises:
         ConfigError: `window` is too small, or more than the model's positions.
-        EvaluationError: fewer than `window` tokens.
+        EvaluationError: fewer than `window` tokens, or a model that is no causal language model.
         NonFiniteError: the model's logits are not finite.
     """
+    check_causal(model)
     _check_sizes(window, max_windows)
     limit = max_length(model)
     if limit is not None and window > limit:

@@ -1,9 +1,8 @@
 """The result of an evaluation, as data."""
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
+from ..files import write_json
 from .multiple_choice import MultipleChoice
 from .perplexity import Perplexity
 from .size import Size
@@ -46,8 +45,8 @@ class Evaluation:
         return {**asdict(self), "mean_accuracy": self.mean_accuracy}
 
     def save(self, path):
-        """Write the JSON to `path`."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Write the JSON to `path`, where it appears when it is complete."""
+        write_json(path, self.to_json())
 
     def __str__(self):
         lines = [f"{self.size.parameters / 1e6:.1f}M parameters, {self.size.bytes / 2**20:.1f} MiB"]

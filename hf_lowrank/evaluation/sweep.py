@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from ..blocks import block_names
@@ -12,10 +13,16 @@ from ..checks import is_integer
 from ..errors import CheckpointError, ConfigError, TargetError
 from ..files import write_json, writing
 from ..integrations import LowRankConfig, factorize
+from ..integrations.verbs import refuse_offloaded, refuse_quantized
+from ..linalg import require_finite
+from ..plan import make_plan
 from ..provenance import environment
 from ..reporting import summary
 from ..reporting.table import aligned
-from ..surgery import match_sites, matches
+from ..statistics import Statistics
+from ..surgery import factorized, match_sites, matches
+from .output import check_output
+from .swept import as_plain, checked, collected, facts_of
 
 
 ALL = "all"
@@ -30,7 +37,8 @@ class SweepPoint:
         rank (`int`): of every factorized weight, at least 1; a weight that it would not make smaller stays dense.
         layers (`str` or `list[int]`, defaults to `"all"`): indices of blocks; `"all"`; or `"spread:3"`, the middles of
             three equal parts.
-        modules (`list[str]`, *optional*): names or dotted suffixes of linears; all of a block by default.
+        modules (`list[str]`, *optional*): names or dotted suffixes of linears, in any order, at least one; all of a
+            block by default.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -51,9 +59,13 @@ class SweepPoint:
                 "list of block indices from 0."
             )
         if self.modules is not None:
-            if not isinstance(self.modules, (list, tuple)) or not all(isinstance(m, str) and m for m in self.modules):
-                raise ConfigError(f"`modules`={self.modules!r} of a SweepPoint must be a list of names or suffixes.")
-            object.__setattr__(self, "modules", tuple(self.modules))
+            named = isinstance(self.modules, (list, tuple)) and all(isinstance(m, str) and m for m in self.modules)
+            if not named or not self.modules:
+                raise ConfigError(
+                    f"`modules`={self.modules!r} of a SweepPoint must be a list of names or suffixes, at least one, "
+                    "or None for all linears of a block."
+                )
+            object.__setattr__(self, "modules", tuple(sorted(set(self.modules))))
 
     def indices(self, count):
         """The blocks it means, of `count`, rising.
@@ -96,7 +108,8 @@ class SweepRow:
     @property
     def key(self):
         """What tells it from other choices."""
-        return self.rank, tuple(self.layers), None if self.modules is None else tuple(self.modules)
+        modules = None if self.modules is None else tuple(sorted(set(self.modules)))
+        return self.rank, tuple(self.layers), modules
 
 
 @dataclass
@@ -108,12 +121,14 @@ class Sweep:
         rows (`list[SweepRow]`): in the order in which they were measured.
         about (`dict`): JSON that says what was measured, from whoever asked.
         environment (`dict`): versions and processor.
+        facts (`dict`): JSON that says of which model and calibration data, from the library.
     """
 
     dense: float
     rows: list
     about: dict = field(default_factory=dict)
     environment: dict = field(default_factory=dict, repr=False)
+    facts: dict = field(default_factory=dict, repr=False)
 
     def find(self, point, count):
         """The row of a [`SweepPoint`] in a model of `count` blocks, or `None`."""
@@ -158,21 +173,27 @@ def sweep(model, points, measure, method="tucker", calibration=None, path=None, 
 
     Args:
         model (`torch.nn.Module`): dense, in memory; it is left alone, and there is a copy of it beside it.
-        points (`list[SweepPoint]`): the choices; of two that mean the same, one is measured.
+        points (`list[SweepPoint]`): the choices; of two with the same rank, blocks and modules, one is measured.
         measure (`Callable[[torch.nn.Module], float]`): a score of a model.
         method (`str` or [`Method`], defaults to `"tucker"`): how factors are computed.
-        calibration (*optional*): as for [`factorize`]; [`Statistics`] collected once are best.
-        path (`str`, *optional*): a JSON file that is written after every measurement, and from which a sweep goes on
-            that was interrupted.
-        about (`dict`, *optional*): JSON that says what is measured; a file of other facts is refused.
+        calibration (*optional*): as for [`factorize`], for methods that need it: statistics of all choices are
+            collected once, in memory unless it is a [`Calibration`] with a `folder`, or given as [`Statistics`].
+        path (`str`, *optional*): a JSON file in a folder that is there; it is written after every measurement, and
+            from it goes on a sweep that was interrupted.
+        about (`dict`, *optional*): JSON that says what is measured. A file of other facts is refused: these, the
+            method, the model (class, name, dtype, names and shapes of its linears) and the calibration data. Of two
+            models that differ in the values of their weights only, the name has to tell.
         on_row (`Callable[[SweepRow], None]`, *optional*): called after every measurement.
 
     Returns:
         [`Sweep`].
 
     Raises:
-        ConfigError, TargetError: a choice that does not fit the model, or a `path` that is no JSON file, before
-            anything is measured.
+        ConfigError, TargetError, RankError: a choice that does not fit the model, a model that cannot be factorized,
+            an `about` that is no JSON, or a `path` that cannot be written; before anything is measured, as the next
+            ones.
+        CalibrationError, StatisticsError: calibration data that the method cannot do with.
+        NonFiniteError: a weight that holds NaN or infinity.
         CheckpointError: `path` was measured with other facts, or holds something else.
 
     Reference:
@@ -183,6 +204,14 @@ def sweep(model, points, measure, method="tucker", calibration=None, path=None, 
             f"`path`={os.fspath(path)!r} is to be a JSON file, from which a sweep can go on; save the table that is "
             "returned as CSV."
         )
+    if path is not None:
+        check_output(path, "`path`")
+    about = _given(about)
+    points = _listed(points)
+    if factorized(model):
+        raise ConfigError("The model is factorized already; call hf_lowrank.to_dense(model) first.")
+    refuse_quantized(model)
+    refuse_offloaded(model)
     sides = {site.name: min(site.out_features, site.in_features) for site in match_sites(model)}
     names = list(sides)
     blocks = block_names(model, names)
@@ -191,20 +220,31 @@ def sweep(model, points, measure, method="tucker", calibration=None, path=None, 
         indices = point.indices(len(blocks))
         chosen[point.rank, indices, point.modules] = _targets(point, names, [blocks[index] for index in indices])
     recipe = LowRankConfig(method=method, rank=1, calibration=None)
-    about = {**(about or {}), "method": recipe.to_json()["method"]}
-    found = _opened(path, about)
-    if found is None:
-        found = Sweep(float(measure(model)), [], about)
-    there = {row.key for row in found.rows}
+    about["method"] = as_plain(recipe.to_json()["method"], "method")
+    calibration, described = checked(model, recipe, calibration)
+    configs, members = {}, {}
     for key, targets in chosen.items():
+        targets = [name for name in targets if key[0] <= sides[name]]
+        if targets:
+            configs[key] = LowRankConfig(method=method, rank=key[0], target_modules=targets, calibration=None)
+        members[key] = _planned(model, configs[key], calibration) if targets else {}
+    for site in {name: site for planned in members.values() for name, site in planned.items()}.values():
+        require_finite(site.kind.weight(model, site), f"The weight of {site.name}")
+    facts = facts_of(model, described)
+    found = _opened(path, about, facts)
+    there = set() if found is None else {row.key for row in found.rows}
+    needed = {name for key, planned in members.items() if key not in there for name in planned}
+    if needed:
+        calibration = collected(model, needed, recipe, calibration)
+    if found is None:
+        found = Sweep(float(measure(model)), [], about, environment(), facts)
+        if path is not None:
+            found.save(path)
+    for key, planned in members.items():
         if key in there:
             continue
         rank, indices, modules = key
-        targets = [name for name in targets if rank <= sides[name]]
-        made = model
-        if targets:
-            config = LowRankConfig(method=method, rank=rank, target_modules=targets, calibration=None)
-            made = factorize(copy.deepcopy(model), config, calibration)
+        made = factorize(copy.deepcopy(model), configs[key], calibration) if planned else model
         table = summary(made)
         kept = table.parameters / table.dense_parameters
         row = SweepRow(rank, list(indices), modules and list(modules), len(table.rows), kept, float(measure(made)))
@@ -216,6 +256,29 @@ def sweep(model, points, measure, method="tucker", calibration=None, path=None, 
         if on_row is not None:
             on_row(row)
     return found
+
+
+def _given(about):
+    """A copy of `about` as it comes back from a file."""
+    if about is not None and not isinstance(about, dict):
+        raise ConfigError(f"`about`={about!r:.200} must be a dict that says what is measured, or None.")
+    return as_plain(about or {}, "about")
+
+
+def _listed(points):
+    """`points` as a list."""
+    listed = list(points) if isinstance(points, Iterable) else [points]
+    if not isinstance(points, Iterable) or not all(isinstance(point, SweepPoint) for point in listed):
+        raise ConfigError(f"`points`={points!r:.200} must be a list of SweepPoint, such as [SweepPoint(8)].")
+    return listed
+
+
+def _planned(model, config, calibration):
+    """`{name: site}` of what becomes factors; refuses what cannot."""
+    plan = make_plan(model, config)
+    if isinstance(calibration, Statistics):
+        calibration.check(plan.statistics_shapes(config.method.statistics))
+    return plan.members
 
 
 def _targets(point, names, blocks):
@@ -233,7 +296,7 @@ def _targets(point, names, blocks):
     return found
 
 
-def _opened(path, about):
+def _opened(path, about, facts):
     """The sweep in a file, or `None` where there is none."""
     if path is None or not os.path.exists(path):
         return None
@@ -242,6 +305,9 @@ def _opened(path, about):
             found = json.load(file)
         rows = [SweepRow(**row) for row in found["rows"]]
         before, dense, made_with = found["about"], found["dense"], found["environment"]
+        # Without facts, nothing says which model the file is of.
+        others = dict(found.get("facts", {}))
+        hash(tuple(row.key for row in rows))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"`path`={os.fspath(path)!r} holds no sweep ({type(error).__name__}: {error}); give another path."
@@ -251,4 +317,11 @@ def _opened(path, about):
             f"`path`={os.fspath(path)!r} holds a sweep of {before}, and this one is of {about}; give another path, or "
             "remove it to measure again."
         )
-    return Sweep(dense, rows, about, made_with)
+    different = sorted(name for name in {*others, *facts} if others.get(name) != facts.get(name))
+    if different:
+        raise CheckpointError(
+            f"`path`={os.fspath(path)!r} holds a sweep of another model or other calibration data: it says "
+            f"{ {name: others.get(name) for name in different} }, and this one is of "
+            f"{ {name: facts.get(name) for name in different} }; give another path, or remove it to measure again."
+        )
+    return Sweep(dense, rows, about, made_with, facts)

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers import initialization as init
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
 
 from ..checks import is_integer
 from ..errors import ConfigError
@@ -27,8 +28,8 @@ class LamaConfig(PreTrainedConfig):
         l2_norm (`bool`, defaults to `True`): as of [`LamaPooler`].
         dropout (`float`, defaults to 0.1): on embeddings of the GRU and on what is pooled, in [0, 1).
         vocab_size (`int`, defaults to 30522), embedding_size (`int`, defaults to 128), hidden_size (`int`, defaults to
-            128), num_hidden_layers (`int`, defaults to 1), pad_token_id (`int`, *optional*): of the GRU; `hidden_size`
-            is that of one direction.
+            128), num_hidden_layers (`int`, defaults to 1): of the GRU; `hidden_size` is that of one direction.
+        pad_token_id (`int`, defaults to 0): the token whose embedding the GRU keeps at zero; `None` for none of them.
 
     Raises:
         ConfigError: a value that is not allowed.
@@ -71,6 +72,12 @@ def check_pooler(num_heads, context):
         raise ConfigError(f"`num_heads`={num_heads!r} of LAMA must be an integer of at least 1.")
     if context not in CONTEXTS:
         raise ConfigError(f"`context`={context!r} of LAMA must be one of {list(CONTEXTS)}.")
+
+
+def check_mask(mask):
+    """Refuse a sequence of padding only, of which there is no state to pool."""
+    if not torch.compiler.is_compiling() and not mask.any(1).all():
+        raise ConfigError("`attention_mask` has a sequence that is all padding, of which nothing can be pooled.")
 
 
 class LamaPooler(nn.Module):
@@ -127,8 +134,7 @@ class LamaPooler(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
         mask = attention_mask.bool()
-        if not torch.compiler.is_compiling() and not mask.any(1).all():
-            raise ConfigError("`attention_mask` has a sequence that is all padding, of which nothing can be pooled.")
+        check_mask(mask)
         affinity = (self._context(hidden_states, mask) @ self.left).unsqueeze(-2) * (hidden_states @ self.right)
         if self.l2_norm:
             affinity = nn.functional.normalize(affinity, dim=-1)
@@ -141,8 +147,10 @@ class LamaPooler(nn.Module):
         if self.kind == "learned":
             return self.context
         if self.kind == "mean":
-            weights = mask.to(hidden_states.dtype)
-            return (weights[:, None] @ hidden_states)[:, 0] / weights.sum(1, keepdim=True)
+            # Half precision has not all lengths as numbers, and may not hold the sum.
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            total = hidden_states.masked_fill(~mask[..., None], 0).sum(1, dtype=wide)
+            return (total / mask.sum(1, keepdim=True)).to(hidden_states.dtype)
         places = torch.arange(mask.shape[1], device=mask.device)
         if self.kind == "cls":
             at = torch.where(mask, places, len(places)).amin(1)
@@ -159,7 +167,12 @@ class RecurrentEncoder(nn.Module):
 
     Args:
         config ([`LamaConfig`]): sizes.
+
+    Raises:
+        ConfigError: a sequence that is all padding.
     """
+
+    supports_gradient_checkpointing = False
 
     def __init__(self, config):
         super().__init__()
@@ -174,6 +187,7 @@ class RecurrentEncoder(nn.Module):
         if attention_mask is None:
             return BaseModelOutput(self.recurrent(rows)[0])
         mask = attention_mask.bool()
+        check_mask(mask)
         # Real tokens first, in their order: packing knows of padding at the end only.
         order = (~mask).long().argsort(dim=1, stable=True)[..., None]
         packed = nn.utils.rnn.pack_padded_sequence(
@@ -194,10 +208,17 @@ class LamaPreTrainedModel(PreTrainedModel):
 
     config: LamaConfig
     base_model_prefix = "lama"
-    supports_gradient_checkpointing = True
+    # The loss is a mean over the batch, whatever the number of items: `Trainer` is to divide it between batches.
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @property
+    def supports_gradient_checkpointing(self):
+        """Whether the encoder does; the GRU does not."""
+        encoder = getattr(self.base_model, "encoder", None)
+        return getattr(encoder, "supports_gradient_checkpointing", False)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -251,7 +272,12 @@ class LamaModel(LamaPreTrainedModel):
 
     Shapes:
         inputs as of the encoder; `last_hidden_state` `(batch, t, d)`, `pooler_output` `(batch, heads * d)`,
-        `attentions` one tensor `(batch, heads, t)`: the pooler's.
+        `hidden_states` of the encoder, with `output_hidden_states=True`; `attentions` one tensor `(batch, heads, t)`:
+        the pooler's, whether or not `output_attentions` asks for them. The GRU reads `input_ids`, `attention_mask` and
+        `inputs_embeds`; it takes no notice of `token_type_ids`, which tokenizers give to every model.
+
+    Raises:
+        ConfigError: a sequence that is all padding, or an argument that the GRU does not know.
     """
 
     def __init__(self, config):
@@ -273,13 +299,23 @@ class LamaModel(LamaPreTrainedModel):
         else:
             self.encoder.set_input_embeddings(value)
 
+    @can_return_tuple
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, **kwargs):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        if not isinstance(self.encoder, RecurrentEncoder):
-            given |= {"token_type_ids": token_type_ids, **kwargs}
-        states = self.encoder(**{key: value for key, value in given.items() if value is not None}).last_hidden_state
-        pooled, attention = self.pooler(states, attention_mask)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, attentions=(attention,))
+        # Those of the encoder would be thrown away.
+        kwargs.pop("output_attentions", None)
+        if isinstance(self.encoder, RecurrentEncoder):
+            _refuse_unread(kwargs)
+        else:
+            given |= {"token_type_ids": token_type_ids, **kwargs, "return_dict": True}
+        found = self.encoder(**{key: value for key, value in given.items() if value is not None})
+        pooled, attention = self.pooler(found.last_hidden_state, attention_mask)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=found.last_hidden_state,
+            pooler_output=pooled,
+            hidden_states=found.get("hidden_states"),
+            attentions=(attention,),
+        )
 
 
 class LamaForSequenceClassification(LamaPreTrainedModel):
@@ -287,6 +323,9 @@ class LamaForSequenceClassification(LamaPreTrainedModel):
 
     Args:
         config ([`LamaConfig`]): encoder, pooler and `num_labels`.
+
+    Raises:
+        ConfigError: as [`LamaModel`].
     """
 
     def __init__(self, config):
@@ -296,12 +335,32 @@ class LamaForSequenceClassification(LamaPreTrainedModel):
         self.classifier = nn.Linear(config.num_heads * config.features, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, inputs_embeds=None, labels=None, **kwargs
     ):
+        counted = {key: kwargs.pop(key) for key in ("num_items_in_batch",) if key in kwargs}
+        kwargs["return_dict"] = True
         found = self.lama(input_ids, attention_mask, token_type_ids, inputs_embeds, **kwargs)
         logits = self.classifier(self.dropout(found.pooler_output))
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits, attentions=found.attentions)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **counted)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
+        )
+
+
+def _refuse_unread(given):
+    """Refuse arguments that the GRU would not read; wrappers pass `None` for what they were not given themselves."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.pop("output_hidden_states", False):
+        raise ConfigError(
+            "`output_hidden_states`=True asks for the states between the layers of the encoder, which a GRU does not "
+            "give; leave it out, or give LamaConfig an `encoder`."
+        )
+    if given:
+        raise ConfigError(
+            f"LAMA over a GRU does not know {sorted(given)}; it reads `input_ids`, `attention_mask`, `inputs_embeds` "
+            "and, as a classifier, `labels`. Leave out the others, or give LamaConfig an `encoder` that reads them."
+        )

@@ -51,7 +51,9 @@ class SharedBasisHeadConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.train_factors not in TRAINED:
-            raise ConfigError(f"`train`={self.train_factors!r} of SharedBasisHead must be one of {list(TRAINED)}.")
+            raise ConfigError(
+                f"`train_factors`={self.train_factors!r} of SharedBasisHeadConfig must be one of {list(TRAINED)}."
+            )
         if not is_number(self.recon_weight) or self.recon_weight < 0:
             raise ConfigError(f"`recon_weight`={self.recon_weight!r} of SharedBasisHead must be a number from 0 on.")
         if not is_integer(self.num_basis, 1) or self.num_basis > self.num_features:
@@ -146,12 +148,14 @@ class SharedBasisHead(PreTrainedModel):
             [`SharedBasisHead`] in dtype and on the device of F; computed in float64, cast once.
 
         Raises:
-            ConfigError: an option that is not allowed.
+            ConfigError: an option that is not allowed, F without classes or features, or a bias of another length.
             RankError: `num_basis` out of range.
-            NonFiniteError: F holds NaN or infinity.
+            NonFiniteError: F or the bias holds NaN or infinity.
         """
-        _check(features, init, scale)
+        _check(features, init, train, scale, bias)
         require_finite(features, "`features`")
+        if bias is not None:
+            require_finite(bias, "`bias`")
         wide = features.detach().double()
         basis = _start(wide, _size(wide, num_basis, init), init, seed)
         head = cls(
@@ -182,17 +186,19 @@ class SharedBasisHead(PreTrainedModel):
 
         Args:
             linear (`torch.nn.Linear`): a classifier or output embedding; what it is tied to stays as it is.
-            num_basis, init, options: of `from_features`; inner products, as a linear has, unless `normalize`.
+            num_basis, init, options: of `from_features`; inner products, as a linear has, unless `normalize`; and
+                `recon_weight=0` unless given, so that F, which is the weight once more, is not stored beside A and B.
 
         Returns:
-            [`SharedBasisHead`]
+            [`SharedBasisHead`], without an auxiliary loss unless `recon_weight` is given.
 
         Raises:
-            ConfigError: something else than a linear.
+            ConfigError: something else than a linear; and as `from_features`, as RankError and NonFiniteError.
         """
         if not isinstance(linear, nn.Linear):
             raise ConfigError(f"`linear` must be a torch.nn.Linear, not {type(linear).__name__}.")
-        return cls.from_features(linear.weight, num_basis, init, bias=linear.bias, **{"normalize": False, **options})
+        options = {"normalize": False, "recon_weight": 0.0, "bias": linear.bias, **options}
+        return cls.from_features(linear.weight, num_basis, init, **options)
 
     def class_features(self):
         """A B, `(classes, d)`, through which gradients of the task reach what `train` says."""
@@ -272,9 +278,21 @@ class SharedBasisHead(PreTrainedModel):
         return f"num_classes={classes}, num_basis={basis}, train={self.config.train_factors!r}"
 
 
-def _check(features, init, scale):
+def _check(features, init, train, scale, bias):
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or not features.is_floating_point():
         raise ConfigError("`features` of SharedBasisHead must be a floating-point matrix (classes, d).")
+    if not features.numel():
+        raise ConfigError(
+            f"`features` of shape {tuple(features.shape)} of SharedBasisHead must have at least one class and one "
+            "feature; further classes are added with `add_classes`."
+        )
+    if bias is not None and not (isinstance(bias, torch.Tensor) and bias.shape == features.shape[:1]):
+        raise ConfigError(
+            f"`bias` of SharedBasisHead must be a tensor of {len(features)} numbers, one for each class; got "
+            f"{tuple(bias.shape) if isinstance(bias, torch.Tensor) else bias!r:.200}."
+        )
+    if train not in TRAINED:
+        raise ConfigError(f"`train`={train!r} of SharedBasisHead must be one of {list(TRAINED)}.")
     if init not in INITS:
         raise ConfigError(f"`init`={init!r} of SharedBasisHead must be one of {list(INITS)}.")
     if not is_number(scale) or scale <= 0:

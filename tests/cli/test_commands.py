@@ -108,6 +108,11 @@ def test_errors_and_exit_codes(small, dense, tmp_path):
     fails(command("factorize", dense, tmp_path / "x", "--methud", "svd"), 2, "unrecognized arguments: --methud")
     fails(command("factorize", dense), 2, "the following arguments are required: out")
     fails(command("wobble"), 2, "invalid choice: 'wobble'")
+    refused = ["ConfigError: `dtype`='float99'", "a floating-point dtype of torch"]
+    fails(command("factorize", dense, tmp_path / "x", *SVD, "--dtype", "float99"), 1, *refused)
+    fails(command("calibrate", dense, tmp_path / "x.safetensors", "--dtype", "float99"), 1, *refused)
+    bad.write_text("dtype: int8")
+    fails(command("factorize", dense, tmp_path / "x", "--config", bad), 1, "ConfigError: `dtype`='int8'")
     assert os.listdir(tmp_path) == ["recipe.yaml"]
 
 
@@ -171,6 +176,11 @@ def test_evaluate(small, dense, tmp_path):
     assert "own: acc" in command("evaluate", target, *tasks).out
     fails(command("evaluate", target), 1, "There is nothing to measure")
     fails(command("evaluate", target, "--perplexity", "none.txt"), 1, "none.txt")
+    fails(command("evaluate", target, *texts, "--dtype", "foo"), 1, "ConfigError: `dtype`='foo'", "'bfloat16'")
+    nowhere = ["--output", tmp_path / "none" / "x.json"]
+    # The model is not even looked for.
+    fails(command("evaluate", "no model", *texts, *nowhere), 1, "ConfigError: `--output`=", "a folder that is not")
+    fails(command("evaluate", "no model", *texts, "--output", tmp_path), 1, "is a folder; name a file in it")
     fails(command("evaluate", target, "--multiple-choice", "own=x.jsonl", "piqa"), 1, "gives ['piqa'] no file")
 
 
@@ -279,3 +289,29 @@ def test_list_as_json():
     assert list(document) == ["method", "format", "allocation", "refine", "statistic"]
     assert set(document["method"]) == set(hf_lowrank.METHODS.names())
     assert document["refine"]["blocks"].startswith("Train each factorized block")
+
+
+def test_an_evaluation_that_is_none_is_refused(small, dense, tmp_path):
+    target, _ = small
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    assert command("evaluate", target, "--perplexity", dense / "text.txt", "--output", good).code == 0
+    whole = json.loads(good.read_text())
+    without_size = {key: value for key, value in whole.items() if key != "size"}
+    without_digest = {**whole, "data": {"text": {}}}
+    for content, words in (
+        ({}, ["the file lacks ['command'", "'size'"]),
+        ([], ["the file is no mapping"]),
+        (without_size, ["the file lacks ['size']"]),
+        ({**whole, "size": 7}, ["`size` is no mapping"]),
+        ({**whole, "size": {}}, ["`size` lacks ['bytes'"]),
+        ({**whole, "perplexity": {"text": {"perplexity": 3.0}}}, ["'text' of `perplexity` lacks ['bos', 'nll'"]),
+        ({**whole, "environment": {}}, ["`environment` lacks ['torch', 'transformers']"]),
+        ({**whole, "model": {}}, ["`model` lacks ['class']"]),
+        (without_digest, ["'text' of `data` lacks ['sha256']"]),
+    ):
+        bad.write_text(json.dumps(content))
+        said = ["ConfigError", "is not what `evaluate --output` writes", *words]
+        fails(command("push", target, "me/small", "--evaluation", bad), 1, f"`--evaluation` {bad}", *said)
+    fails(command("push", target, "me/small", "--evaluation", good, "--dense", bad), 1, "`--dense`")
+    fails(command("report", target, tmp_path / "page", "--quality", bad), 1, "`--quality`", "lacks ['sha256']")
+    fails(command("push", target, "me/small", "--evaluation", tmp_path / "no.json"), 1, "Cannot read an evaluation")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_lowrank import ConfigError, EvaluationError, LowRankConfig, PerplexityTask, evaluate, factorize, summary
-from hf_lowrank.evaluation import PRESETS, size_of
+from hf_lowrank.evaluation import PRESETS, multiple_choice, perplexity, size_of
 from hf_lowrank.provenance import command
 from hf_lowrank.testing import tiny_model
 
@@ -120,3 +120,27 @@ def test_packed_weights_count_as_they_are_stored():
 def test_the_command_tells_no_secrets(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/home/me/run.py", "--token", "hf_" + "a1" * 17, "--data", "/data/x", "here/y"])
     assert command() == "python run.py --token hf_*** --data x here/y"
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5", "vit", "whisper"])
+def test_what_is_no_causal_language_model_is_refused(architecture, tokenizer):
+    model, _ = tiny_model(architecture)
+    ids, items = torch.arange(3, 80), [{"question": "a", "choices": ["b", "c"], "label": 0}]
+    for measure in (
+        lambda: evaluate(model, tokenizer, perplexity=PerplexityTask(ids, window=16)),
+        lambda: perplexity(model, ids, 16),
+        lambda: multiple_choice(model, tokenizer, items),
+    ):
+        with pytest.raises(EvaluationError, match=f"measures causal language models, which {type(model).__name__} is"):
+            measure()
+
+
+def test_the_text_decoder_of_a_model_that_reads_images_is_measured():
+    model, _ = tiny_model("llava")
+    ids = torch.arange(3, 80)
+    found = evaluate(model, perplexity=PerplexityTask(ids, window=16)).perplexity["text"]
+    assert found.windows == 4
+    with torch.no_grad():
+        logits = model(input_ids=ids[:16][None]).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, ids[1:16]).item()
+    assert perplexity(model, ids, 16, max_windows=1).nll == pytest.approx(expected, rel=1e-5)

@@ -8,6 +8,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.modeling_outputs import ModelOutput
 
 import hf_lowrank
 from hf_lowrank import ConfigError, LamaConfig, LamaForSequenceClassification, LamaModel, LamaPooler, LowRankConfig
@@ -181,3 +182,107 @@ def test_trainer_trains_it(recurrent, checkpointing, tmp_path):
     batch = collate(rows)
     labels = batch.pop("labels")
     assert (model.eval()(**batch).logits.argmax(-1) == labels).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("cls", [LamaModel, LamaForSequenceClassification])
+def test_what_a_gru_does_not_read_is_refused_by_name(cls):
+    model = make(cls, True)
+    for given, match in (
+        ({"nonsense": 3, "position_ids": ids(6)}, r"does not know \['nonsense', 'position_ids'\]; it reads"),
+        ({"output_hidden_states": True}, "`output_hidden_states`=True asks for the states between"),
+        ({"output_hidden_states": True, "nonsense": 3}, "`output_hidden_states`=True"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            model(ids(6), **given)
+    # What tokenizers, PEFT and callers of any model pass.
+    passed = {"token_type_ids": torch.zeros_like(ids(6)), "output_attentions": True, "output_hidden_states": False}
+    found = model(ids(6), **passed, return_dict=None, nonsense=None)
+    assert torch.equal(found[0], model(ids(6))[0])
+    assert found.attentions[0].shape == (3, 4, 6)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("cls", [LamaModel, LamaForSequenceClassification])
+def test_outputs_are_tuples_where_they_are_asked_for(recurrent, cls):
+    model = make(cls, recurrent)
+    expected = model(ids(6))
+    assert isinstance(expected, ModelOutput)
+
+    def same(found):
+        assert type(found) is tuple and len(found) == len(expected.to_tuple())
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[-1][0], expected.attentions[0])
+
+    same(model(ids(6), return_dict=False))
+    model.config.return_dict = False
+    same(model(ids(6)))
+    assert isinstance(model(ids(6), return_dict=True), ModelOutput)
+    model.config.return_dict = True
+    if not recurrent:
+        model.base_model.encoder.config.return_dict = False
+        assert torch.equal(model(ids(6))[0], expected[0])
+        shown = model(ids(6), output_hidden_states=True, output_attentions=True)
+        assert [states.shape for states in shown.hidden_states] == [(3, 6, 32)] * 3
+        assert [weights.shape for weights in shown.attentions] == [(3, 4, 6)], "the pooler's"
+
+
+def test_the_number_of_items_scales_the_loss_as_in_transformers():
+    model, labels = make(LamaForSequenceClassification, True), torch.tensor([0, 1, 1])
+    mean = model(ids(6), labels=labels).loss
+    torch.testing.assert_close(model(ids(6), labels=labels, num_items_in_batch=6).loss, mean / 2)
+    torch.testing.assert_close(model(ids(6), labels=labels, return_dict=False)[0], mean)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_accumulated_batches_are_one(recurrent, tmp_path):
+    """`Trainer` divides the loss of a part of a batch exactly where a model does not do so itself."""
+    rows = [{"input_ids": row, "labels": i % 2} for i, row in enumerate(ids(5, 8))]
+    trained = []
+    for size, parts in ((8, 1), (2, 4)):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=parts, use_cpu=True,
+            learning_rate=0.1, optim="sgd", max_grad_norm=0, lr_scheduler_type="constant", report_to="none",
+            save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        model = make(LamaForSequenceClassification, recurrent)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        Trainer(model, arguments, train_dataset=rows).train()
+        trained.append(model.classifier.weight.detach())
+    torch.testing.assert_close(*trained)
+
+
+def test_half_precision_counts_and_adds_every_token():
+    mask = torch.ones(1, 257).bool()
+    one, many = torch.zeros(1, 257, 2, dtype=torch.bfloat16), torch.full((1, 257, 2), 256.0, dtype=torch.float16)
+    one[:, 0] = 1
+    assert torch.equal(LamaPooler(2, 1, "mean")._context(one, mask), torch.full((1, 2), 1 / 257).bfloat16())
+    assert torch.equal(LamaPooler(2, 1, "mean")._context(many, mask), many[:, 0]), "the sum is beyond float16"
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("cls", [LamaModel, LamaForSequenceClassification])
+def test_a_row_that_is_all_padding_is_refused_by_the_models(recurrent, cls):
+    mask = torch.ones(3, 6)
+    mask[1] = 0
+    with pytest.raises(ConfigError, match="all padding"):
+        make(cls, recurrent)(ids(6), attention_mask=mask)
+
+
+@pytest.mark.parametrize("cls", [LamaModel, LamaForSequenceClassification])
+def test_gradient_checkpointing_is_the_encoders(cls):
+    model = make(cls, False)
+    assert model.supports_gradient_checkpointing
+    model.activation_checkpointing_enable()
+    assert model.is_activation_checkpointing
+    recurrent = make(cls, True)
+    assert not recurrent.supports_gradient_checkpointing
+    with pytest.raises(ValueError, match="does not support activation checkpointing"):
+        recurrent.activation_checkpointing_enable()
+
+
+def test_without_a_padding_token_every_embedding_is_trained():
+    assert LamaConfig().pad_token_id == 0
+    model = make(LamaModel, True, pad_token_id=None)
+    assert model.encoder.embeddings.padding_idx is None and model.encoder.embeddings.weight[0].any()
+    assert not make(LamaModel, True).encoder.embeddings.weight[0].any()

@@ -3,7 +3,15 @@ import torch
 from torch import nn
 from transformers import AutoModel, CLIPConfig, CLIPModel
 
-from hf_lowrank import ConfigError, NonFiniteError, RankError, SharedBasisHead, text_features, zero_shot_head
+from hf_lowrank import (
+    ConfigError,
+    NonFiniteError,
+    RankError,
+    SharedBasisHead,
+    SharedBasisHeadConfig,
+    text_features,
+    zero_shot_head,
+)
 
 
 def features(classes=12, size=20, rank=None, dtype=torch.float64):
@@ -136,8 +144,12 @@ def test_from_a_linear_at_full_size_it_is_that_linear(bias):
     head = SharedBasisHead.from_linear(linear, 12)
     x = inputs().float()
     torch.testing.assert_close(head(x), linear(x), rtol=1e-4, atol=1e-5)
-    small = SharedBasisHead.from_linear(linear, 3, recon_weight=0)
+    small = SharedBasisHead.from_linear(linear, 3)
     assert sum(t.numel() for t in small.state_dict().values()) == 3 * (20 + 12) + 12 * bias
+    with pytest.raises(ConfigError, match="no auxiliary loss"):
+        small.auxiliary_loss()
+    kept = SharedBasisHead.from_linear(linear, 3, recon_weight=0.1)
+    assert torch.equal(kept.target, linear.weight) and kept.auxiliary_loss() > 0
 
 
 def test_comes_back_from_disk_with_added_classes(tmp_path):
@@ -167,6 +179,9 @@ def test_comes_back_from_disk_with_added_classes(tmp_path):
         ({"num_basis": 1.0}, RankError, "`num_basis`=1.0"),
         ({"init": "kmeans"}, ConfigError, "`init`='kmeans'"),
         ({"train": "all"}, ConfigError, "`train`='all'"),
+        ({"bias": torch.ones(3)}, ConfigError, r"`bias` of .* must be a tensor of 12 numbers.*; got \(3,\)"),
+        ({"bias": 1.0}, ConfigError, r"`bias` of .* one for each class; got 1\.0"),
+        ({"bias": torch.full((12,), float("nan"))}, NonFiniteError, "`bias`"),
         ({"recon_weight": -1.0}, ConfigError, "`recon_weight`=-1.0"),
         ({"scale": 0.0}, ConfigError, "`scale`=0.0"),
     ],
@@ -181,6 +196,11 @@ def test_features_that_are_refused():
         SharedBasisHead.from_features(torch.full((3, 4), float("nan")), 2)
     with pytest.raises(ConfigError, match="floating-point matrix"):
         SharedBasisHead.from_features(torch.ones(3, 4, dtype=torch.long), 2)
+    for empty in (torch.zeros(0, 16), torch.zeros(3, 0)):
+        with pytest.raises(ConfigError, match=r"`features` of shape \(.*\) .* at least one class and one feature"):
+            SharedBasisHead.from_features(empty)
+    with pytest.raises(ConfigError, match="`train_factors`='x' of SharedBasisHeadConfig must be one of"):
+        SharedBasisHeadConfig(train_factors="x")
     with pytest.raises(ConfigError, match="must be a torch.nn.Linear, not Conv2d"):
         SharedBasisHead.from_linear(nn.Conv2d(3, 4, 1))
     head = SharedBasisHead.from_features(features(), 3)
