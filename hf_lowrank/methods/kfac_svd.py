@@ -3,7 +3,7 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
+from ..checks import check_number
 from ..linalg import balanced, output_energies, output_optimal, psd_safe_cholesky, require_finite, shrink
 from ._groups import checked_groups
 from .base import Factors, Method, register_method
@@ -35,6 +35,7 @@ class KfacSVD(Method):
         `(r, in)`. Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or a statistic holds NaN or infinity.
         NotPSDError: only without shrinkage, when G is singular beyond the jitter ladder.
 
@@ -53,9 +54,7 @@ class KfacSVD(Method):
     def __post_init__(self):
         object.__setattr__(self, "joint_groups", checked_groups(self))
         for name in ("input_shrinkage", "grad_shrinkage"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ConfigError(f"`{name}`={value!r} of kfac_svd must be in [0, 1).")
+            check_number(name, getattr(self, name), 0, 1, self.name, open_high=True)
 
     def factorize(self, weight, rank, stats):
         image, root, gram = self._through(weight, stats)

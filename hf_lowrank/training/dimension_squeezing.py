@@ -5,13 +5,14 @@ import math
 
 import torch
 
+from ..checks import check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..formats import LinearFace, TensorTrainLinear
 from ..integrations import to_dense
 from ..kinds import dense_kind
 from ..linalg import bond_cores, lowered_bond
 from ..surgery import factorized
-from ._base import WeightCallback, check_integer, check_number, remove_buffers, share
+from ._base import WeightCallback, remove_buffers, share
 
 
 logger = logging.getLogger(__name__)

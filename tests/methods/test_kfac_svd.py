@@ -32,7 +32,7 @@ def test_identity_on_the_output_side_is_whitened_svd():
 
 @pytest.mark.parametrize("option", ["input_shrinkage", "grad_shrinkage"])
 def test_options_are_checked(option):
-    with pytest.raises(ConfigError, match=rf"`{option}`=1.5 of kfac_svd must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=rf"`{option}`=1.5 of kfac_svd must be a number in \[0, 1\)"):
         METHODS["kfac_svd"](**{option: 1.5})
 
 
