@@ -90,9 +90,10 @@ class DimensionSqueezingCallback(WeightCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Momentum goes on where there is no gradient.
+        layers = _layers(model)
         for name, live in self._live.items():
             ends = (1, *live, 1)
-            for k, core in enumerate(_layers(model)[name].cores):
+            for k, core in enumerate(layers[name].cores):
                 core[ends[k] :] = 0
                 core[..., ends[k + 1] :] = 0
 
