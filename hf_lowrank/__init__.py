@@ -13,6 +13,7 @@ from .errors import (
     ConfigError,
     EvaluationError,
     LowRankError,
+    MissingPackageError,
     NonFiniteError,
     NotPSDError,
     NumericalWarning,
@@ -126,6 +127,7 @@ __all__ = [
     "LowRankLinear",
     "LowRankQuantizer",
     "Method",
+    "MissingPackageError",
     "MultiResolutionLinear",
     "MultipleChoiceTask",
     "NonFiniteError",
@@ -214,7 +216,9 @@ def __getattr__(name):
     except ModuleNotFoundError as error:
         if error.name != "peft":
             raise
-        raise ImportError(f"{name} needs PEFT, which is not installed: `pip install 'hf-lowrank[peft]'`.") from error
+        raise MissingPackageError(
+            f"{name} needs PEFT, which is not installed: `pip install 'hf-lowrank[peft]'`."
+        ) from error
     return getattr(tuners, name)
 
 

@@ -1,5 +1,8 @@
 """Every error the library raises on purpose, under one base, so that callers can catch by cause."""
 
+# The cure for what a checkpoint promises and does not hold.
+DAMAGED = "The checkpoint may be damaged: download or save it again."
+
 
 class LowRankError(Exception):
     """Base of all errors raised by hf_lowrank."""
@@ -15,6 +18,10 @@ class RankError(ConfigError):
 
 class TargetError(ConfigError):
     """A module pattern matches nothing, or names a module that cannot be factorized."""
+
+
+class MissingPackageError(ConfigError, ImportError):
+    """A package that the library does not always need, and this call does, is not installed."""
 
 
 class UnknownNameError(ConfigError):

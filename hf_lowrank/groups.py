@@ -1,5 +1,6 @@
 """Several weights factorized as one: which they are, and how they are taken apart again."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,11 +66,14 @@ def group_sites(model, sites, method):
         `list[Site]`: sites that are in no group, and [`Group`]s in the place of their first members.
 
     Raises:
-        TargetError: an entry of `joint_groups` that matches no linear, or linears that cannot share a basis.
+        TargetError: an entry of `joint_groups` that matches no linear, a group without two linears beside each other
+            anywhere in the model, or linears that cannot share a basis.
         ConfigError: a linear that is in two groups.
     """
     _check_entries(model, method.joint_groups)
-    units = _share_layers(model, _join(sites, method.joint_groups), method.share_layers)
+    units = _join(sites, method.joint_groups)
+    _check_neighbours(model, method.joint_groups)
+    units = _share_layers(model, units, method.share_layers)
     return [unit[0] if len(unit) == 1 else _group(model, unit) for unit in units]
 
 
@@ -83,12 +87,31 @@ def _check_entries(model, groups):
             )
 
 
+def _check_neighbours(model, groups):
+    # Of all linears: what is left out of the targets may take a group apart.
+    names = [site.name for site in all_sites(model) if site.kind.single] if groups else []
+    for group in groups:
+        found = {entry: [name for name in names if matches([entry], name)] for entry in group}
+        parents = Counter(_parent(name, entry) for entry in group for name in found[entry])
+        if max(parents.values()) < 2:
+            some = ", ".join(entries[0] for entries in found.values())
+            raise TargetError(
+                f"`joint_groups` takes {list(group)} together, of which no two stand beside each other anywhere in "
+                f"this model ({some}), so that nothing would be shared; a group is of linears in one module that read "
+                "one input, such as ['q_proj', 'k_proj', 'v_proj']."
+            )
+
+
+def _parent(name, entry):
+    return name[: len(name) - len(entry)]
+
+
 def _join(sites, groups):
     """Lists of sites; those of one pattern and one parent in one list."""
     units = {}
     for site in sites:
         found = [
-            (index, site.name[: len(site.name) - len(entry)], position)
+            (index, _parent(site.name, entry), position)
             for index, group in enumerate(groups)
             for position, entry in enumerate(group)
             if site.kind.single and matches([entry], site.name)

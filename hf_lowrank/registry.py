@@ -38,12 +38,13 @@ class Registry:
         return enter
 
     def __getitem__(self, name):
-        if name not in self._classes:
+        if name not in self:
             raise UnknownNameError(f"Unknown {self.kind} {name!r}; choose one of {self.names()}.")
         return self._classes[name]
 
     def __contains__(self, name):
-        return name in self._classes
+        # What JSON or YAML holds in the place of a name may not even be hashable.
+        return isinstance(name, str) and name in self._classes
 
     def names(self):
         """All listed names, sorted."""
@@ -51,7 +52,7 @@ class Registry:
 
     def listed(self, name):
         """The class under a name that is listed; refuses others."""
-        if name in self._unlisted:
+        if name in self and name in self._unlisted:
             raise UnknownNameError(f"{self.kind} {name!r} cannot be chosen; choose one of {self.names()}.")
         return self[name]
 
@@ -63,7 +64,7 @@ class Registry:
             options = dict(value)
             cls = self[options.pop("name", None)]
             allowed = [field.name for field in dataclasses.fields(cls)]
-            unknown = sorted(set(options) - set(allowed))
+            unknown = sorted(set(options) - set(allowed), key=str)
             if unknown:
                 raise ConfigError(f"{self.kind} {cls.name!r} has no option {unknown}; its options are {allowed}.")
             return cls(**options)

@@ -156,6 +156,13 @@ def test_commands_in_the_readmes_name_files_that_exist():
             assert f"\n{target}:" in (ROOT / "Makefile").read_text()
 
 
+def test_every_script_has_a_row():
+    rows = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "examples").rglob("*.py")):
+        if '\nif __name__ == "__main__":' in path.read_text(encoding="utf-8"):
+            assert f"| `{path.relative_to(ROOT / 'examples').as_posix()}` |" in rows
+
+
 def test_the_method_table_is_complete():
     import hf_lowrank
 

@@ -1,6 +1,8 @@
 """Imports point down only, and each heavy dependency has few homes."""
 
 import ast
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import hf_lowrank
 ROOT = Path(hf_lowrank.__file__).parent
 # A part may import parts of a smaller number, and itself.
 LEVEL = {
-    "errors": 0, "checks": 0, "files": 1, "registry": 1, "sharding": 1, "versions": 1, "readme": 1,
+    "errors": 0, "checks": 1, "files": 1, "registry": 1, "sharding": 1, "versions": 1, "readme": 1,
     "linalg": 2, "blocks": 2, "draws": 2, "parts": 2, "provenance": 2, "upload": 2, "formats": 3, "statistics": 3,
     "methods": 4, "allocation": 4, "refine": 4, "kinds": 4, "convolutions": 4.5, "recipe": 5, "surgery": 5, "sizes": 6,
     "factorize": 6, "groups": 6, "replace": 6, "rewrite": 6,
@@ -74,3 +76,25 @@ def test_no_print_no_broad_except(path):
             assert not {ast.unparse(kind) for kind in caught} & {"Exception", "BaseException"}
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
             assert part(path) == "cli"
+
+
+def test_what_the_package_always_imports_it_declares_once():
+    tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 has no tomllib")
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    core, optional = (
+        {re.match(r"[\w-]+", entry)[0].lower() for entry in entries}
+        for entries in (project["dependencies"], sum(extras.values(), []))
+    )
+    assert not core & optional
+    modules = {"huggingface_hub": "huggingface-hub", "yaml": "pyyaml"}
+    for path in FILES:
+        homes = {part(path), "/".join(path.relative_to(ROOT).parts[:2])}
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                names = [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {name.partition(".")[0] for name in names} - sys.stdlib_module_names:
+                at_home = homes & HOMES.get(top, set())
+                assert modules.get(top, top) in core or at_home, f"{path.name} imports {top}, which is not declared"

@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from hf_lowrank import METHODS, ConfigError, UnknownNameError
+from hf_lowrank import METHODS, ConfigError, LowRankConfig, UnknownNameError
 from hf_lowrank.registry import Registry
 
 
@@ -56,6 +56,21 @@ def test_messages_name_the_allowed():
         table["two"]
     with pytest.raises(ConfigError, match=r"method 'one' has no option \['scale'\]; its options are \['size'\]"):
         table.build({"name": "one", "scale": 2})
+    with pytest.raises(ConfigError, match=r"has no option \[2, 'scale'\]"):
+        table.build({"name": "one", "scale": 2, 2: 3})
+
+
+@pytest.mark.parametrize("name", [["one"], {"one": 1}, None, 3], ids=repr)
+def test_what_is_no_name_is_an_unknown_one(name):
+    table, _ = make()
+    assert name not in table
+    for look_up in (table.__getitem__, table.listed):
+        with pytest.raises(UnknownNameError, match=r"Unknown method .*; choose one of \['one'\]"):
+            look_up(name)
+    with pytest.raises(UnknownNameError, match=r"Unknown method .*; choose one of \['one'\]"):
+        table.build({"name": name})
+    with pytest.raises(UnknownNameError, match="Unknown format"):
+        LowRankConfig(format=["low_rank"])
 
 
 @pytest.mark.parametrize("name", METHODS.names())

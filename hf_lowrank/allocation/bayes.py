@@ -2,8 +2,8 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..checks import is_integer
-from ..errors import ConfigError
+from ..checks import check_choice, check_integer, check_number
+from ..errors import ConfigError, MissingPackageError
 from .base import Allocator, register_allocator
 from .rounding import cost_of, rank_at
 
@@ -37,7 +37,8 @@ class Bayes(Allocator):
         sampler (`str`, defaults to `"gp"`): `"gp"`, a Gaussian process, or `"tpe"`, Parzen estimators.
 
     Raises:
-        ConfigError: an option outside its range, a type in `initial` that no weight has, or optuna is missing.
+        ConfigError: an option outside its range, or a type in `initial` that no weight has.
+        MissingPackageError: optuna is not installed.
 
     Reference:
         Bolaco (2405.10616, EMNLP Findings 2024). Differs: its trials may keep up to 0.1 less than the budget, while
@@ -54,19 +55,16 @@ class Bayes(Allocator):
     sampler: str = "gp"
 
     def __post_init__(self):
-        for name in ("n_trials", "search_samples"):
-            if not is_integer(value := getattr(self, name), 1):
-                raise ConfigError(f"`{name}`={value!r} of bayes must be an integer of at least 1.")
-        for name, allowed in (("objective", OBJECTIVES), ("sampler", SAMPLERS)):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"`{name}`={getattr(self, name)!r} of bayes must be one of {list(allowed)}.")
-        if not self.kl_weight >= 0:
-            raise ConfigError(f"`kl_weight`={self.kl_weight!r} of bayes must be at least 0.")
-        if not 0 < self.least_ratio < 1:
-            raise ConfigError(f"`least_ratio`={self.least_ratio!r} of bayes must be in (0, 1).")
+        check_integer("n_trials", self.n_trials, 1, self.name)
+        check_integer("search_samples", self.search_samples, 1, self.name)
+        check_choice("objective", self.objective, OBJECTIVES, self.name)
+        check_choice("sampler", self.sampler, SAMPLERS, self.name)
+        check_number("kl_weight", self.kl_weight, 0, owner=self.name)
+        check_number("least_ratio", self.least_ratio, 0, 1, self.name, open_low=True, open_high=True)
+        if self.initial is not None and not isinstance(self.initial, dict):
+            raise ConfigError(f"`initial`={self.initial!r} of bayes must be a dict, from types of weights to ratios.")
         for kind, value in (self.initial or {}).items():
-            if not self.least_ratio <= value <= 1:
-                raise ConfigError(f"`initial`[{kind!r}]={value!r} of bayes must be in [{self.least_ratio}, 1].")
+            check_number(f"initial[{kind!r}]", value, self.least_ratio, 1, self.name)
         _optuna()
 
     def allocate(self, candidates, budget, probe):
@@ -127,7 +125,7 @@ def _optuna():
     try:
         import optuna
     except ImportError as error:
-        raise ConfigError(
+        raise MissingPackageError(
             "`allocation`='bayes' needs optuna: `pip install \"hf-lowrank[search]\"`; 'lems' and 'knapsack' do not."
         ) from error
     return optuna

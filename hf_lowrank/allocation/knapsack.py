@@ -2,8 +2,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..checks import is_integer
-from ..errors import ConfigError
+from ..checks import check_choice, check_integer
 from .base import Allocator, register_allocator
 from .rounding import allowed_ranks
 
@@ -49,10 +48,8 @@ class Knapsack(Allocator):
     latencies: str | None = None
 
     def __post_init__(self):
-        if self.cost not in COSTS:
-            raise ConfigError(f"`cost`={self.cost!r} of knapsack must be one of {list(COSTS)}.")
-        if not is_integer(self.rows, 1):
-            raise ConfigError(f"`rows`={self.rows!r} of knapsack must be an integer of at least 1.")
+        check_choice("cost", self.cost, COSTS, self.name)
+        check_integer("rows", self.rows, 1, self.name)
 
     def allocate(self, candidates, budget):
         options = [_options(candidate) for candidate in candidates]

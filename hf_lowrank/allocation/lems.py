@@ -1,6 +1,6 @@
 from dataclasses import dataclass, replace
 
-from ..errors import ConfigError
+from ..checks import check_integer, check_number
 from .base import Allocator, register_allocator
 from .knapsack import Knapsack
 from .rounding import allowed_ranks, rank_at
@@ -40,12 +40,10 @@ class Lems(Allocator):
     depth_gamma: float = 0.0
 
     def __post_init__(self):
-        if not 0 < self.probe_ratio < 1:
-            raise ConfigError(f"`probe_ratio`={self.probe_ratio!r} of lems must be in (0, 1).")
-        if not isinstance(self.search_samples, int) or self.search_samples < 1:
-            raise ConfigError(f"`search_samples`={self.search_samples!r} of lems must be an integer of at least 1.")
-        if not self.depth_gamma > -1:
-            raise ConfigError(f"`depth_gamma`={self.depth_gamma!r} of lems must be above -1, or errors turn negative.")
+        check_number("probe_ratio", self.probe_ratio, 0, 1, self.name, open_low=True, open_high=True)
+        check_integer("search_samples", self.search_samples, 1, self.name)
+        # Below, errors would turn negative.
+        check_number("depth_gamma", self.depth_gamma, -1, owner=self.name, open_low=True)
 
     def allocate(self, candidates, budget, probe):
         last = max(len(candidates) - 1, 1)

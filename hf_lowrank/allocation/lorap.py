@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+from ..checks import check_number
 from ..errors import ConfigError
 from .base import Allocator, register_allocator
 from .rounding import rank_at
@@ -34,11 +35,11 @@ class Lorap(Allocator):
     factor: float = 3.0
 
     def __post_init__(self):
-        if not self.factor >= 1:
-            raise ConfigError(f"`factor`={self.factor!r} of lorap must be at least 1.")
+        check_number("factor", self.factor, 1, owner=self.name)
         for name in ("favoured", "over"):
             value = getattr(self, name)
-            if isinstance(value, str) or not value or not all(isinstance(entry, str) for entry in value):
+            names = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
+            if not names or not value:
                 raise ConfigError(f"`{name}`={value!r} of lorap must be a list of module names or dotted suffixes.")
 
     def allocate(self, candidates, budget):

@@ -1,7 +1,6 @@
 from dataclasses import dataclass
 
-from ..checks import is_integer, is_number
-from ..errors import ConfigError
+from ..checks import check_choice, check_integer, check_number
 from .base import Allocator, register_allocator
 from .rounding import allowed_ranks, foot_of_step, rank_at
 
@@ -46,12 +45,9 @@ class Uniform(Allocator):
     latencies: str | None = None
 
     def __post_init__(self):
-        if self.rounding not in ROUNDINGS:
-            raise ConfigError(f"`rounding`={self.rounding!r} of uniform must be one of {list(ROUNDINGS)}.")
-        if not is_number(self.span) or not 0 < self.span <= 1:
-            raise ConfigError(f"`span`={self.span!r} of uniform must be in (0, 1].")
-        if not is_integer(self.rows, 1):
-            raise ConfigError(f"`rows`={self.rows!r} of uniform must be an integer of at least 1.")
+        check_choice("rounding", self.rounding, ROUNDINGS, self.name)
+        check_number("span", self.span, 0, 1, self.name, open_low=True)
+        check_integer("rows", self.rows, 1, self.name)
 
     @property
     def needs_latencies(self):

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..errors import CheckpointError, LowRankError
+from ..errors import DAMAGED, CheckpointError, LowRankError
 from .base import FORMATS, FormatLinear, shape_of
 
 
@@ -58,7 +58,7 @@ class LendingLinear(FormatLinear):
             raise CheckpointError(
                 f"A layer of (rank, inputs, dtype) {wanted} cannot borrow the basis of "
                 f"{type(lender).__name__ if found is None else f'a layer of {found}'}; the lender holds a basis of "
-                "its own and agrees in all three. The checkpoint may be damaged: download or save it again."
+                f"its own and agrees in all three. {DAMAGED}"
             )
         setattr(self, self._child(), None)
         self._lender = (lender,)

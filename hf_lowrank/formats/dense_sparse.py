@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from ..checks import is_integer
-from ..errors import CheckpointError, RankError
+from ..errors import DAMAGED, CheckpointError, RankError
 from ._lending import LendingLinear
 from ._row_supports import pack_supports, support_kind, unpack_mask
 from .base import as_parameter, check_rank, plain, register_format
@@ -79,7 +79,7 @@ class DenseSparseLinear(LendingLinear):
             )
         if blocks > 1:
             check_rank(rank, out_features // blocks, in_features)
-        elif not is_integer(rank, 1) or rank > in_features:
+        elif not is_integer(rank, 1, in_features):
             raise RankError(
                 f"rank={rank!r} of a dictionary must be an integer in 1..{in_features}, the number of inputs; change "
                 "it in `rank` or `rank_pattern`, or leave it to the allocator."
@@ -185,9 +185,6 @@ class DenseSparseLinear(LendingLinear):
         return f"{super().extra_repr()}, nonzeros={self.nonzeros}, blocks={self.blocks}"
 
 
-DAMAGED = "The checkpoint may be damaged: download or save it again."
-
-
 def _stored_supports(supports, atoms):
     """`{"mask": ..., "indices": ...}`, of which one at most is there, for the atoms `supports` `(out, s)` of rows."""
     stored = {"mask": None, "indices": None}
@@ -210,5 +207,5 @@ def _numbers(out_features, in_features, rank, nonzeros, blocks):
 
 
 def _check_number(name, value, most):
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+    if not is_integer(value, 1, most):
         raise CheckpointError(f"`{name}`={value!r} of a dense_sparse layer must be an integer in 1..{most}. {DAMAGED}")

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..checks import is_integer
-from ..errors import CheckpointError
+from ..errors import DAMAGED, CheckpointError
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
 
@@ -191,10 +191,9 @@ def _numbers(out_features, in_features, rank, free):
 
 
 def _check_layout(lower_rank, rows_first, rank):
-    damaged = "The checkpoint may be damaged: download or save it again."
-    if not is_integer(lower_rank, 1) or lower_rank > rank:
+    if not is_integer(lower_rank, 1, rank):
         raise CheckpointError(
-            f"`lower_rank`={lower_rank!r} of a hybrid_rows layer must be an integer in 1..{rank}, its rank. {damaged}"
+            f"`lower_rank`={lower_rank!r} of a hybrid_rows layer must be an integer in 1..{rank}, its rank. {DAMAGED}"
         )
     if not isinstance(rows_first, bool):
-        raise CheckpointError(f"`rows_first`={rows_first!r} of a hybrid_rows layer must be true or false. {damaged}")
+        raise CheckpointError(f"`rows_first`={rows_first!r} of a hybrid_rows layer must be true or false. {DAMAGED}")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..checks import is_integer
-from ..errors import CheckpointError
+from ..errors import DAMAGED, CheckpointError
 from ..linalg import Level, Terms, cp_product, split_modes
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
@@ -210,10 +210,9 @@ def _applied(plan, factors, x, sizes):
 
 
 def _check_layout(sizes, levels, out_features, in_features):
-    damaged = "The checkpoint may be damaged: download or save it again."
     if not isinstance(levels, (list, tuple)) or len(levels) > MOST_LEVELS:
         raise CheckpointError(
-            f"`levels`={levels!r} of a multi_resolution layer must be a list of up to {MOST_LEVELS}. {damaged}"
+            f"`levels`={levels!r} of a multi_resolution layer must be a list of up to {MOST_LEVELS}. {DAMAGED}"
         )
     if not levels:
         return
@@ -221,19 +220,19 @@ def _check_layout(sizes, levels, out_features, in_features):
     if not fits or (sizes[0] * sizes[1], sizes[2] * sizes[3]) != (out_features, in_features):
         raise CheckpointError(
             f"`sizes`={sizes!r} of a multi_resolution layer must be [o1, o2, i1, i2] with o1 o2 = {out_features} and "
-            f"i1 i2 = {in_features}. {damaged}"
+            f"i1 i2 = {in_features}. {DAMAGED}"
         )
     for level in levels:
         if not isinstance(level, dict) or not is_partition(level.get("partition")):
             raise CheckpointError(
                 f"A level of a multi_resolution layer is {level!r}, and needs a `partition` of {list(MODES)} into two "
-                f"blocks or more. {damaged}"
+                f"blocks or more. {DAMAGED}"
             )
         most = math.prod(sizes) // max(block_sizes(level["partition"], sizes))
-        if not is_integer(level.get("terms"), 1) or level["terms"] > most:
+        if not is_integer(level.get("terms"), 1, most):
             raise CheckpointError(
                 f"`terms`={level.get('terms')!r} of a multi_resolution layer must be an integer in 1..{most}, beyond "
-                f"which {level['partition']} has nothing to add. {damaged}"
+                f"which {level['partition']} has nothing to add. {DAMAGED}"
             )
 
 

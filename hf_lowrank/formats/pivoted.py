@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import DAMAGED, CheckpointError
 from ..linalg import row_basis
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
@@ -85,8 +85,7 @@ class PivotedLinear(FormatLinear):
         pivots_first = spec.get("pivots_first", False)
         if not isinstance(pivots_first, bool):
             raise CheckpointError(
-                f"`pivots_first`={pivots_first!r} of a pivoted layer must be true or false. The checkpoint may be "
-                "damaged: download or save it again."
+                f"`pivots_first`={pivots_first!r} of a pivoted layer must be true or false. {DAMAGED}"
             )
         return cls(in_features, out_features, spec.get("rank"), bias=bias, pivots_first=pivots_first, **kwargs)
 

@@ -59,7 +59,7 @@ class SharedBasisLinear(LendingLinear):
         dtype=None,
     ):
         super().__init__(in_features, out_features, transposed)
-        if not is_integer(rank, 1) or rank > in_features:
+        if not is_integer(rank, 1, in_features):
             raise RankError(
                 f"rank={rank!r} of a shared basis must be an integer in 1..{in_features}, the number of inputs; "
                 "change it in `rank` or `rank_pattern`, or leave it to the allocator."

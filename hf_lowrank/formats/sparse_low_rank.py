@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from ..errors import CheckpointError, ConfigError
+from ..checks import is_integer, is_number
+from ..errors import DAMAGED, CheckpointError, ConfigError
 from ..linalg import flat_places, sparse_matrix
 from ._sparse_product import SparseLowRankProduct, merged
 from .base import FormatLinear, as_parameter, check_rank, register_format
@@ -159,16 +160,13 @@ class SparseLowRankLinear(FormatLinear):
 
 def _check_layout(nonzeros, scaling, out_features, in_features):
     size = out_features * in_features
-    if not isinstance(nonzeros, int) or isinstance(nonzeros, bool) or not 0 <= nonzeros <= size:
+    if not is_integer(nonzeros, 0, size):
         raise CheckpointError(
             f"`nonzeros`={nonzeros!r} of a sparse_low_rank layer must be an integer in 0..{size}, the entries of its "
-            f"{out_features} x {in_features} weight. The checkpoint may be damaged: download or save it again."
+            f"{out_features} x {in_features} weight. {DAMAGED}"
         )
-    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool) or not 0 < scaling < float("inf"):
-        raise CheckpointError(
-            f"`scaling`={scaling!r} of a sparse_low_rank layer must be a number above 0. The checkpoint may be "
-            "damaged: download or save it again."
-        )
+    if not is_number(scaling) or scaling <= 0:
+        raise CheckpointError(f"`scaling`={scaling!r} of a sparse_low_rank layer must be a number above 0. {DAMAGED}")
     if nonzeros and size > torch.iinfo(torch.int32).max:
         raise ConfigError(
             f"A weight of {out_features} x {in_features} has more entries than int32 indices can number; leave it out "

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..checks import is_integer
-from ..errors import CheckpointError
+from ..errors import DAMAGED, CheckpointError
 from ..linalg import centred, full_bonds, tensor_train, train_matrix
 from ._train_product import apply_train, routes
 from .base import FormatLinear, as_parameter, check_rank, register_format
@@ -73,7 +73,7 @@ class TensorTrainLinear(FormatLinear):
             out_shape, in_shape, bonds = _of_factors(out_features, in_features, rank)
         problem = misfit(out_features, in_features, out_shape, in_shape, bonds)
         if problem is not None:
-            raise CheckpointError(f"{problem} The checkpoint may be damaged: download or save it again.")
+            raise CheckpointError(f"{problem} {DAMAGED}")
         self.out_shape, self.in_shape = tuple(out_shape), tuple(in_shape)
         self._set_bonds(bonds)
         options = {"device": device, "dtype": dtype}

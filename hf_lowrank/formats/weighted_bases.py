@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from ..checks import is_integer
-from ..errors import CheckpointError
+from ..errors import DAMAGED, CheckpointError
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
 
@@ -79,10 +79,10 @@ class WeightedBasesLinear(FormatLinear):
     @classmethod
     def from_spec(cls, spec, in_features, out_features, bias, **kwargs):
         extra = spec.get("extra_rank", 0)
-        if not is_integer(extra, 0) or extra > min(in_features, out_features):
+        if not is_integer(extra, 0, min(in_features, out_features)):
             raise CheckpointError(
                 f"`extra_rank`={extra!r} of a layer with weighted bases must be an integer in 0.."
-                f"{min(in_features, out_features)}. The checkpoint may be damaged: download or save it again."
+                f"{min(in_features, out_features)}. {DAMAGED}"
             )
         return cls(in_features, out_features, spec.get("rank"), bias=bias, extra_rank=extra, **kwargs)
 

@@ -3,11 +3,12 @@
 import copy
 import logging
 import re
+from collections.abc import Iterable
 
 from torch import nn
 
-from ..checks import is_integer, is_number
-from ..errors import ConfigError, RankError, UnknownNameError
+from ..checks import check_integer, is_integer, is_number
+from ..errors import ConfigError, NonFiniteError, RankError, UnknownNameError
 from ..formats import FORMATS
 from ..methods import METHODS
 from ..surgery import all_sites, factorized, tied_weights
@@ -64,6 +65,7 @@ def auto_fact(
     Raises:
         UnknownNameError: a solver or a stage that there is not.
         ConfigError: another argument that is not allowed, or a module that is factorized already.
+        MissingPackageError: `solver="nmf"` without scikit-learn.
         RankError: a rank out of range.
         NonFiniteError: a weight holds NaN or infinity.
 
@@ -96,7 +98,12 @@ def auto_fact(
         target_modules="|".join(re.escape(name or "root") for name in ranks),
         calibration=None,
     )
-    return factorize(module, config)
+    try:
+        return factorize(module, config)
+    except NonFiniteError as error:
+        # The cure that it names is an argument of configurations.
+        cause = str(error).replace("leave it out with `exclude_modules`", "confine auto_fact with `submodules`")
+        raise NonFiniteError(cause) from error
 
 
 def _check(rank, solver, num_iter, fact_led_unit, stage):
@@ -106,8 +113,7 @@ def _check(rank, solver, num_iter, fact_led_unit, stage):
             f"`rank`={rank!r} must be an integer of at least 1, or a share of each layer's largest useful rank in "
             "(0, 1)."
         )
-    if not is_integer(num_iter, 1):
-        raise ConfigError(f"`num_iter`={num_iter!r} must be an integer of at least 1.")
+    check_integer("num_iter", num_iter, 1)
     if fact_led_unit:
         raise ConfigError(
             "`fact_led_unit`=True would make factors of factors, three matrices in a row that say no more than two; "
@@ -123,10 +129,11 @@ def _check(rank, solver, num_iter, fact_led_unit, stage):
 def _names(module, submodules):
     """Names of `submodules` in `module`."""
     known = {id(part): name for name, part in module.named_modules()}
-    parts = [submodules] if isinstance(submodules, nn.Module) else list(submodules)
+    parts = [submodules] if isinstance(submodules, nn.Module) else submodules
+    parts = list(parts) if isinstance(parts, Iterable) else []
     if not parts or any(id(part) not in known for part in parts):
         raise ConfigError(
-            "`submodules` must be a non-empty list of modules inside `module`; get them with "
+            f"`submodules`={submodules!r} must be a non-empty list of modules inside `module`; get them with "
             "`module.get_submodule(name)`."
         )
     return [known[id(part)] for part in parts]

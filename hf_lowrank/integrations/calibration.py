@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ..checks import is_integer
+from ..checks import check_integer, check_number
 from ..errors import CalibrationError, ConfigError
 from ..statistics import Statistics
 from .data import read_texts
@@ -36,6 +36,9 @@ class Calibration:
         folder (`str`, *optional*): keep finished parts here (sampled sequences, statistics, refined blocks), collect
             statistics block by block, and go on from there after an interruption; by default everything is collected
             in one pass, in memory. The parts stay, and statistics are read from there.
+
+    Raises:
+        ConfigError: a value that is not allowed.
     """
 
     data: object = SELF
@@ -49,10 +52,8 @@ class Calibration:
 
     def __post_init__(self):
         for name in ("samples", "length", "batch_size"):
-            if not is_integer(value := getattr(self, name), 1):
-                raise ConfigError(f"`{name}`={value!r} of Calibration must be an integer of at least 1.")
-        if not self.temperature > 0:
-            raise ConfigError(f"`temperature`={self.temperature!r} of Calibration must be above 0.")
+            check_integer(name, getattr(self, name), 1, "Calibration")
+        check_number("temperature", self.temperature, 0, owner="Calibration", open_low=True)
         if self.folder is not None and not (isinstance(self.folder, (str, os.PathLike)) and os.fspath(self.folder)):
             raise ConfigError(f"`folder`={self.folder!r} of Calibration must be the path of a folder, or None.")
         if self.folder is not None and os.path.exists(self.folder) and not os.path.isdir(self.folder):

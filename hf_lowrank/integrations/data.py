@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, MissingPackageError
 
 
 def read_rows(path, split="train", argument="calibration", error=CalibrationError):
@@ -15,15 +15,18 @@ def read_rows(path, split="train", argument="calibration", error=CalibrationErro
         split (`str`, defaults to `"train"`): of a data set.
         argument (`str`, defaults to `"calibration"`): what the user called it, for messages.
         error (`type`, defaults to [`CalibrationError`]): raised for data that cannot be read.
+
+    Raises:
+        MissingPackageError: the datasets library is not installed.
     """
     if path.endswith(".jsonl"):
         return _json_lines(path)
     try:
         from datasets import load_dataset
     except ImportError as missing:
-        raise error(
+        raise MissingPackageError(
             f"`{argument}`={path!r} is read as a data set id, which needs the datasets library: "
-            "`pip install datasets`. A list of texts, a .txt or a .jsonl file needs nothing more."
+            "`pip install 'hf-lowrank[data]'`. A list of texts, a .txt or a .jsonl file needs nothing more."
         ) from missing
     name, _, subset = path.partition(":")
     try:

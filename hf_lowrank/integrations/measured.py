@@ -7,6 +7,19 @@ from pathlib import Path
 from ..errors import ConfigError
 
 
+# What a card reads of an evaluation; `EACH` stands for all names that there are.
+EACH = "*"
+LAYOUT = {
+    "size": {"parameters": {}, "bytes": {}},
+    "model": {"class": {}},
+    "environment": {"torch": {}, "transformers": {}},
+    "command": {},
+    "perplexity": {EACH: {"perplexity": {}, "windows": {}, "window": {}, "bos": {}}},
+    "multiple_choice": {EACH: {"items": {}, "metric": {}}},
+    "data": {EACH: {"sha256": {}}},
+}
+
+
 def as_json(evaluation):
     """The JSON of an [`Evaluation`], of the file that its `save` writes, or as it is; `None` for `None`.
 
@@ -22,6 +35,37 @@ def as_json(evaluation):
                 "`hf_lowrank.evaluate(...).save(path)`, or `evaluate --output`, has written."
             ) from error
     return evaluation.to_json() if hasattr(evaluation, "to_json") else evaluation
+
+
+def check_measured(argument, evaluation):
+    """Refuse JSON that is no evaluation; `argument` is what the user called it.
+
+    Raises:
+        ConfigError: something is missing that a card is made of.
+    """
+    lacks = _lacks(evaluation, LAYOUT)
+    if lacks is not None:
+        raise ConfigError(
+            f"`{argument}` {lacks}, and is no evaluation then; give what hf_lowrank.evaluate returned, its JSON, or "
+            "the file that `hf_lowrank.evaluate(...).save(path)` has written."
+        )
+
+
+def _lacks(found, layout, path=()):
+    """What is missing of `layout` in `found`, in words, or `None`."""
+    if not layout:
+        return None
+    if not isinstance(found, dict):
+        where = f" at {'.'.join(path)!r}" if path else ""
+        return f"holds {type(found).__name__}, not a dict{where}"
+    for name, inside in layout.items():
+        for key in found if name == EACH else (name,):
+            if key not in found:
+                return f"has no {'.'.join((*path, key))!r}"
+            lacks = _lacks(found[key], inside, (*path, key))
+            if lacks is not None:
+                return lacks
+    return None
 
 
 def quality(after, before=None):

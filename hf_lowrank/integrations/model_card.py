@@ -12,7 +12,7 @@ from ..recipe import BUDGETS, Recipe
 from ..reporting import summary
 from ..surgery import factorized
 from .calibration import SELF, Calibration
-from .measured import as_json, quality
+from .measured import as_json, check_measured, quality
 
 
 def model_card(model=None, repo_id=None, evaluation=None, dense=None, command=None, token=None, **metadata):
@@ -38,10 +38,13 @@ def model_card(model=None, repo_id=None, evaluation=None, dense=None, command=No
         `hf_lowrank` is written anew by later pushes.
 
     Raises:
-        ConfigError: neither a factorized model nor an evaluation of one; an evaluation of another model, or two that
-            do not compare.
+        ConfigError: neither a factorized model nor an evaluation of one; an evaluation that lacks something, or is of
+            another model; or two that do not compare.
     """
     evaluation, dense = as_json(evaluation), as_json(dense)
+    for argument, given in (("evaluation", evaluation), ("dense", dense)):
+        if given is not None:
+            check_measured(argument, given)
     if has_adapters(model):
         from .peft_lora.card import adapter_card
 

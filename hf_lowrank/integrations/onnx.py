@@ -2,6 +2,8 @@
 
 import sys
 
+from ..errors import MissingPackageError
+
 
 def share_initializers(exported):
     """Store each weight of an exported ONNX model once, and compute once what several layers compute from one input.
@@ -17,12 +19,12 @@ def share_initializers(exported):
         The same.
 
     Raises:
-        ImportError: the packages of the exporter are not installed.
+        MissingPackageError: the packages of the exporter are not installed.
     """
     try:
         from onnx_ir.passes import common
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "share_initializers needs onnx and onnxscript: `pip install 'hf-lowrank[export]'`."
         ) from error
     for component in exported.components.values():

@@ -2,8 +2,8 @@
 
 import itertools
 
-from ..checks import is_integer
-from ..errors import CalibrationError, ConfigError
+from ..checks import check_integer
+from ..errors import CalibrationError
 from ..passes import prune as passes
 from ..readme import repository
 from ..statistics.collect import collect
@@ -46,7 +46,8 @@ def prune_channels(
         channel_groups (`list`, defaults to `[[["gate_proj", "up_proj"], "down_proj"]]`): pairs of the names or dotted
             suffixes of linears that put channels out, and that of the linear that reads them. That these are read by
             it alone and channel by channel is tried, on the first batch.
-        keep_bottom (`float`, defaults to 0.01): the part of the least important channels that is kept, in [0, 1).
+        keep_bottom (`float`, defaults to 0.01): the part of all channels that is kept of the least important ones, in
+            [0, `param_ratio`).
         channel_multiple (`int`, defaults to 1): the number of channels left is a multiple of it; rounded down.
         seed (`int`, defaults to 0): of sampling.
 
@@ -57,14 +58,14 @@ def prune_channels(
         ConfigError: an argument out of range.
         TargetError: no group is found, or one whose channels cannot be taken away; the model is as it was.
         CalibrationError: no data, or data that does not reach a group.
+        NonFiniteError: a weight holds NaN or infinity, or a block puts them out; the model is as it was.
 
     Reference:
         LoRAP, ICML 2024, its pruning of the feed-forward layers. Differs: norms are means over tokens, one factor for
         all channels; all layers are scored before the first is pruned, not one after the other; biases do not count.
     """
     pruning = passes.Pruning(param_ratio, keep_bottom, channel_multiple)
-    if not is_integer(seed, 0):
-        raise ConfigError(f"`seed`={seed!r} must be an integer of at least 0.")
+    check_integer("seed", seed, 0)
     refuse_quantized(model)
     groups = passes.channel_groups(model, channel_groups)
     refuse_offloaded(model)

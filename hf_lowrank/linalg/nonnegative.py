@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingPackageError
 from .svd import require_finite, truncated_svd
 
 
@@ -26,7 +26,8 @@ def nonnegative(matrix, rank, iterations=100, seed=0):
         `(left, right)`: `(out, rank)` and `(rank, in)`, float64, on the device of `matrix`.
 
     Raises:
-        ConfigError: a negative entry, or scikit-learn is missing.
+        ConfigError: a negative entry.
+        MissingPackageError: scikit-learn is not installed.
         NonFiniteError: `matrix` holds NaN or infinity.
 
     Reference:
@@ -52,7 +53,7 @@ def _sklearn():
     try:
         from sklearn import decomposition, exceptions
     except ImportError as error:
-        raise ConfigError(
+        raise MissingPackageError(
             "`method`='nmf' needs scikit-learn: `pip install \"hf-lowrank[nmf]\"`; 'snmf' and 'svd' do not."
         ) from error
     return decomposition, exceptions

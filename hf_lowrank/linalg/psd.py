@@ -7,15 +7,22 @@ import torch
 from ..errors import NonFiniteError, NotPSDError, NumericalWarning
 
 
+# Of the mean diagonal, what a shrunk matrix has everywhere.
+FLOOR = 1e-4
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 
 
-def shrink(gram, amount):
-    r"""Shrink towards a multiple of the identity: `(1 - a) C + a mean(diag C) I`, with `a` in [0, 1]."""
+def shrink(gram, amount, target="identity"):
+    r"""Shrink towards a matrix that is known better: `(1 - a) C + a T`, with `a` in [0, 1].
+
+    T is `mean(diag C) I` for `"identity"`; for `"diagonal"`, which keeps how much channels differ, `diag C`, of which
+    no entry counts below 1e-4 of their mean.
+    """
     if amount == 0:
         return gram
-    shrunk = gram * (1 - amount)
-    shrunk.diagonal().add_(amount * gram.diagonal().mean())
+    shrunk, diagonal = gram * (1 - amount), gram.diagonal()
+    wanted = diagonal.mean() if target == "identity" else diagonal.clamp(min=FLOOR * diagonal.mean())
+    shrunk.diagonal().add_(amount * wanted)
     return shrunk
 
 

@@ -10,7 +10,7 @@ import functools
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingPackageError
 
 
 # How far the filters of a wavelet may be from orthonormal; tabulated coefficients have 11 digits or more.
@@ -67,7 +67,11 @@ def synthesize(bands, filters, size):
 
 @functools.cache
 def orthogonal_wavelets():
-    """Names of the wavelets of PyWavelets that give an orthogonal transform."""
+    """Names of the wavelets of PyWavelets that give an orthogonal transform.
+
+    Raises:
+        MissingPackageError: PyWavelets is not installed.
+    """
     pywt = _pywt()
     return [name for name in pywt.wavelist(kind="discrete") if _is_orthonormal(pywt.Wavelet(name))]
 
@@ -77,7 +81,8 @@ def wavelet_filters(wavelet):
     """The reconstruction filters `(low, high)` of a wavelet, tuples of an even number of taps.
 
     Raises:
-        ConfigError: the name is unknown, or the wavelet is not orthogonal; or PyWavelets is missing.
+        ConfigError: the name is unknown, or the wavelet is not orthogonal.
+        MissingPackageError: PyWavelets is not installed.
     """
     if wavelet not in orthogonal_wavelets():
         raise ConfigError(
@@ -146,7 +151,7 @@ def _pywt():
     try:
         import pywt
     except ImportError as error:
-        raise ConfigError(
+        raise MissingPackageError(
             '`wavelet` needs PyWavelets, which is not installed: `pip install "hf-lowrank[peft]"`.'
         ) from error
     return pywt

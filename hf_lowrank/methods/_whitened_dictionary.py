@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import is_number
+from ..checks import check_choice, check_integer, is_number
 from ..errors import ConfigError
 from ..linalg import (
     balanced,
@@ -17,7 +17,6 @@ from ..linalg import (
     truncated_svd,
 )
 from ._groups import check_share_layers, checked_groups
-from ._options import check_count
 from .base import Factors, Method
 
 
@@ -55,15 +54,12 @@ class WhitenedDictionary(Method):
             raise ConfigError(
                 f"`rho`={self.rho!r} of {self.name} must be a number of at least 1, the atoms for each that a row has."
             )
-        check_count(self, "num_iters", 0)
-        check_count(self, "curve_points", 2)
+        check_integer("num_iters", self.num_iters, 0, self.name)
+        check_integer("curve_points", self.curve_points, 2, self.name)
         object.__setattr__(self, "joint_groups", checked_groups(self))
         check_share_layers(self, "dictionary")
-        for option, allowed in (("coeff_bits", COEFF_BITS), ("accounting", ACCOUNTINGS)):
-            if getattr(self, option) not in allowed:
-                raise ConfigError(
-                    f"`{option}`={getattr(self, option)!r} of {self.name} must be one of {list(allowed)}."
-                )
+        check_choice("coeff_bits", self.coeff_bits, COEFF_BITS, self.name)
+        check_choice("accounting", self.accounting, ACCOUNTINGS, self.name)
 
     def terms(self, rank):
         # The quotient may miss a whole number by a rounding.

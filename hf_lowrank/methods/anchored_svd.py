@@ -3,7 +3,7 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
+from ..checks import check_boolean, check_number
 from ..linalg import require_finite
 from .base import Method, register_method
 from .kfac_svd import KfacSVD
@@ -42,6 +42,7 @@ class AnchoredSVD(Method):
         Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or a statistic holds NaN or infinity.
 
     Reference:
@@ -58,14 +59,10 @@ class AnchoredSVD(Method):
     grad_shrinkage: float = 0.1
 
     def __post_init__(self):
-        if not isinstance(self.two_sided, bool):
-            raise ConfigError(f"`two_sided`={self.two_sided!r} of anchored_svd must be True or False.")
-        if not self.ridge > 0:
-            raise ConfigError(f"`ridge`={self.ridge!r} of anchored_svd must be above 0.")
-        if not 0 <= self.beta <= 1:
-            raise ConfigError(f"`beta`={self.beta!r} of anchored_svd must be in [0, 1].")
-        if not 0 <= self.grad_shrinkage < 1:
-            raise ConfigError(f"`grad_shrinkage`={self.grad_shrinkage!r} of anchored_svd must be in [0, 1).")
+        check_boolean("two_sided", self.two_sided, self.name)
+        check_number("ridge", self.ridge, 0, owner=self.name, open_low=True)
+        check_number("beta", self.beta, 0, 1, self.name)
+        check_number("grad_shrinkage", self.grad_shrinkage, 0, 1, self.name, open_high=True)
 
     @property
     def statistics(self):

@@ -1,8 +1,7 @@
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigError
+from ..checks import check_choice, check_number
 from ._column_weighted import ColumnWeighted
 from .base import register_method
 
@@ -32,6 +31,7 @@ class ASVD(ColumnWeighted):
         weight `(out, in)`, statistic `input_norm` `(2, in)`, left `(out, r)`, right `(r, in)`. Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or the magnitudes hold NaN or infinity.
 
     Reference:
@@ -45,10 +45,8 @@ class ASVD(ColumnWeighted):
     scale: str = "mean_abs"
 
     def __post_init__(self):
-        if not (isinstance(self.alpha, (int, float)) and math.isfinite(self.alpha) and self.alpha >= 0):
-            raise ConfigError(f"`alpha`={self.alpha!r} of asvd must be a number of at least 0; 0.5 is usual.")
-        if self.scale not in SCALES:
-            raise ConfigError(f"`scale`={self.scale!r} of asvd is not one of {list(SCALES)}.")
+        check_number("alpha", self.alpha, 0, owner=self.name)
+        check_choice("scale", self.scale, SCALES, self.name)
 
     def scales(self, stats):
         magnitudes = stats["input_norm"].double()[SCALES.index(self.scale)]

@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigError
+from ..checks import check_number
 from ..linalg import output_energies, output_optimal, shrink
 from ._groups import check_share_layers, checked_groups
 from .base import Factors, Method, register_method
@@ -53,8 +53,7 @@ class BasisSharing(Method):
     def __post_init__(self):
         object.__setattr__(self, "joint_groups", checked_groups(self))
         check_share_layers(self, "basis")
-        if not 0 <= self.shrinkage < 1:
-            raise ConfigError(f"`shrinkage`={self.shrinkage!r} of basis_sharing must be in [0, 1).")
+        check_number("shrinkage", self.shrinkage, 0, 1, self.name, open_high=True)
 
     def factorize(self, weight, rank, stats):
         return Factors.from_energies(*output_optimal(weight, self._gram(stats), rank))

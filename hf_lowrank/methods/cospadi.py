@@ -2,9 +2,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import check_choice, check_integer
 from ..errors import ConfigError
 from ..linalg import best_atoms, better_codes, pursue, refit_atoms
-from ._options import check_count
 from ._whitened_dictionary import WhitenedDictionary, alternate_orthonormal, leading_atoms
 from .base import register_method
 
@@ -60,16 +60,15 @@ class CoSpaDi(WhitenedDictionary):
 
     def __post_init__(self):
         super().__post_init__()
-        for option, allowed in (("solver", SOLVERS), ("init", STARTS)):
-            if getattr(self, option) not in allowed:
-                raise ConfigError(f"`{option}`={getattr(self, option)!r} of cospadi must be one of {list(allowed)}.")
+        check_choice("solver", self.solver, SOLVERS, self.name)
+        check_choice("init", self.init, STARTS, self.name)
         if self.solver == "procrustes" and self.init == "rows":
             raise ConfigError(
                 "`init`='rows' of cospadi gives atoms that are not orthonormal, as `solver`='procrustes' needs them; "
                 "use `init`='svd'."
             )
-        check_count(self, "power_iters", 0)
-        check_count(self, "seed", 0)
+        check_integer("power_iters", self.power_iters, 0, self.name)
+        check_integer("seed", self.seed, 0, self.name)
 
     def learn(self, rows, rank, terms):
         if self.solver == "procrustes":

@@ -4,11 +4,11 @@ from typing import ClassVar
 
 import torch
 
+from ..checks import check_integer, check_number
 from ..errors import ConfigError
 from ..formats import check_rank
 from ..linalg import balanced, best_atoms, better_codes, pursue, require_finite, truncated_svd
 from ._measured import Measured
-from ._options import check_count, check_share
 from .base import Factors, register_method
 
 
@@ -51,9 +51,9 @@ class DSFormer(Measured):
     sweeps: int = 5
 
     def __post_init__(self):
-        check_share(self, "density", open_low=True)
-        check_count(self, "blocks", 1)
-        check_count(self, "sweeps", 0)
+        check_number("density", self.density, 0, 1, self.name, open_low=True)
+        check_integer("blocks", self.blocks, 1, self.name)
+        check_integer("sweeps", self.sweeps, 0, self.name)
 
     def terms(self, rank):
         # The product may miss a whole number by a rounding.

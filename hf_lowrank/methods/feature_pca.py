@@ -1,7 +1,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..errors import ConfigError
+from ..checks import check_boolean
 from ..linalg import output_energies, output_optimal, require_finite, times
 from .base import Factors, Method, register_method
 
@@ -27,6 +27,7 @@ class FeaturePCA(Method):
         orthonormal, right `(r, in)`, shift `(out,)`. Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or a statistic holds NaN or infinity.
 
     Reference:
@@ -40,8 +41,7 @@ class FeaturePCA(Method):
     bias_correction: bool = True
 
     def __post_init__(self):
-        if not isinstance(self.bias_correction, bool):
-            raise ConfigError(f"`bias_correction`={self.bias_correction!r} of feature_pca must be True or False.")
+        check_boolean("bias_correction", self.bias_correction, self.name)
 
     @property
     def shifts(self):

@@ -4,11 +4,10 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import is_integer
+from ..checks import check_boolean, check_choice, check_integer, is_integer
 from ..errors import ConfigError
 from ..linalg import require_finite, truncated_svd
 from ._measured import Measured
-from ._options import check_count
 from ._start import drawn_left, drawn_right
 from .base import Factors, register_method
 
@@ -67,16 +66,14 @@ class Hybrid(Measured):
                 f"`dense_rows`={self.dense_rows!r} of hybrid must be an integer of at least 0, or {AUTO!r} for all of "
                 "the rank but `lower_rank`."
             )
-        check_count(self, "lower_rank", 1)
+        check_integer("lower_rank", self.lower_rank, 1, self.name)
         if self.dense_rows != AUTO and self.lower_rank != 1:
             raise ConfigError(
                 f"`lower_rank`={self.lower_rank} and `dense_rows`={self.dense_rows} of hybrid leave nothing for the "
                 "budget to decide; give one of them."
             )
-        if self.selection not in SELECTIONS:
-            raise ConfigError(f"`selection`={self.selection!r} of hybrid must be one of {list(SELECTIONS)}.")
-        if not isinstance(self.from_scratch, bool):
-            raise ConfigError(f"`from_scratch`={self.from_scratch!r} of hybrid must be True or False.")
+        check_choice("selection", self.selection, SELECTIONS, self.name)
+        check_boolean("from_scratch", self.from_scratch, self.name)
 
     @property
     def initialises(self):

@@ -3,10 +3,14 @@ from typing import ClassVar
 
 import torch
 
+from ..checks import check_number
 from ..errors import ConfigError
 from ..linalg import balanced, output_energies, output_optimal, psd_safe_cholesky, require_finite, shrink
 from ._groups import checked_groups
 from .base import Factors, Method, register_method
+
+
+TARGETS = ("identity", "diagonal")
 
 
 @register_method("kfac_svd")
@@ -24,9 +28,10 @@ class KfacSVD(Method):
     loss does not depend on a layer, G is zero and so is the error at every rank; ties are broken by the output error.
 
     Args:
-        input_shrinkage (`float`, defaults to 0.1): fraction in [0, 1) by which C is shrunk to a multiple of the
-            identity.
+        input_shrinkage (`float`, defaults to 0.1): fraction in [0, 1) by which C is shrunk to `shrinkage_target`.
         grad_shrinkage (`float`, defaults to 0.1): the same for G.
+        shrinkage_target (`str`, defaults to `"identity"`): or `"diagonal"`: both are shrunk to their own diagonals,
+            which did better on SmolLM2-135M with text that is not the model's own, and worse with text that is.
         joint_groups (`list[list[str]]`, *optional*): linears that share a basis, as in [`BasisSharing`]; G of a group
             has the members' G on its diagonal and zeros elsewhere.
 
@@ -35,6 +40,7 @@ class KfacSVD(Method):
         `(r, in)`. Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or a statistic holds NaN or infinity.
         NotPSDError: only without shrinkage, when G is singular beyond the jitter ladder.
 
@@ -48,14 +54,17 @@ class KfacSVD(Method):
     allocation: ClassVar[str] = "knapsack"
     input_shrinkage: float = 0.1
     grad_shrinkage: float = 0.1
+    shrinkage_target: str = "identity"
     joint_groups: tuple = ()
 
     def __post_init__(self):
         object.__setattr__(self, "joint_groups", checked_groups(self))
         for name in ("input_shrinkage", "grad_shrinkage"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ConfigError(f"`{name}`={value!r} of kfac_svd must be in [0, 1).")
+            check_number(name, getattr(self, name), 0, 1, self.name, open_high=True)
+        if self.shrinkage_target not in TARGETS:
+            raise ConfigError(
+                f"`shrinkage_target`={self.shrinkage_target!r} of kfac_svd must be one of {list(TARGETS)}."
+            )
 
     def factorize(self, weight, rank, stats):
         image, root, gram = self._through(weight, stats)
@@ -81,9 +90,9 @@ class KfacSVD(Method):
     def _through(self, weight, stats):
         """`(R^T W, R, C)`."""
         require_finite(weight, "The weight")
-        gram = shrink(stats["input_gram"].double(), self.input_shrinkage)
+        gram = shrink(stats["input_gram"].double(), self.input_shrinkage, self.shrinkage_target)
         gradients = stats["gradient_gram"].double()
         if not self._matters(stats):
             gradients = torch.eye(len(gradients), dtype=gradients.dtype, device=gradients.device)
-        root = psd_safe_cholesky(shrink(gradients, self.grad_shrinkage))
+        root = psd_safe_cholesky(shrink(gradients, self.grad_shrinkage, self.shrinkage_target))
         return root.T @ weight.double(), root, gram

@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+from ..checks import check_choice
 from ..errors import ConfigError
 from ..linalg import column_weighted, output_energies
 from .base import Factors, Method, register_method
@@ -39,6 +40,7 @@ class LPAF(Method):
         `importance_rows` or `fisher_rows` `(out,)`; left `(out, r)`, right `(r, in)`. Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or its importance holds NaN or infinity.
 
     Reference:
@@ -52,9 +54,8 @@ class LPAF(Method):
     weight_axis: str = "in"
 
     def __post_init__(self):
-        for name, allowed in (("row_importance", IMPORTANCES), ("weight_axis", ("in", "out"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"`{name}`={getattr(self, name)!r} of lpaf must be one of {list(allowed)}.")
+        check_choice("row_importance", self.row_importance, IMPORTANCES, self.name)
+        check_choice("weight_axis", self.weight_axis, ("in", "out"), self.name)
 
     @property
     def statistics(self):

@@ -2,12 +2,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..checks import is_integer, is_number
+from ..checks import check_choice, check_integer, check_number, is_integer, is_number
 from ..errors import ConfigError
 from ..formats.multi_resolution import MODES, MOST_LEVELS, block_sizes, is_partition
 from ..linalg import Terms, middle_factors, multi_resolution, require_finite
 from ._measured import Measured
-from ._options import check_count
 from .base import Factors, register_method
 
 
@@ -73,12 +72,10 @@ class MultiResolution(Measured):
     def __post_init__(self):
         self._check_partitions()
         self._check_division()
-        if self.order not in ORDERS:
-            raise ConfigError(f"`order`={self.order!r} of multi_resolution must be one of {list(ORDERS)}.")
-        if not is_number(self.als_tolerance) or self.als_tolerance < 0:
-            raise ConfigError(f"`als_tolerance`={self.als_tolerance!r} of multi_resolution must be at least 0.")
+        check_choice("order", self.order, ORDERS, self.name)
+        check_number("als_tolerance", self.als_tolerance, 0, owner=self.name)
         for name, least in (("joint_als_sweeps", 0), ("als_sweeps", 1), ("seed", 0)):
-            check_count(self, name, least)
+            check_integer(name, getattr(self, name), least, self.name)
 
     def _check_partitions(self):
         given = self.partitions

@@ -2,9 +2,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import check_integer
 from ..linalg import nonnegative
 from ._measured import Measured
-from ._options import check_count
 from .base import Factors, register_method
 
 
@@ -30,7 +30,8 @@ class NMF(Measured):
         weight `(out, in)`, left `(out, r)`, right `(r, in)`. Computed in float64 on the CPU.
 
     Raises:
-        ConfigError: an option out of range, or scikit-learn is missing.
+        ConfigError: an option out of range.
+        MissingPackageError: scikit-learn is not installed.
         NonFiniteError: the weight holds NaN or infinity.
 
     Reference:
@@ -41,7 +42,7 @@ class NMF(Measured):
     iterations: int = 100
 
     def __post_init__(self):
-        check_count(self, "iterations", 1)
+        check_integer("iterations", self.iterations, 1, self.name)
 
     def bound(self, rank):
         return 0

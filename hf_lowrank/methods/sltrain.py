@@ -4,9 +4,8 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
+from ..checks import check_choice, check_number
 from ..linalg import largest_entries, require_finite, sparse_matrix, truncated_svd
-from ._options import check_share
 from ._start import drawn_left, drawn_right, uniform
 from .base import Factors, Method, register_method
 
@@ -34,7 +33,7 @@ class SLTrain(Method):
     Args:
         density (`float`, defaults to 0.03): entries of S as a share of those of W, in [0, 1]; the paper calls it
             sparsity, with 0.03 up to 1B parameters and 0.05 at 7B. An entry costs two numbers.
-        alpha (`float`, defaults to 32.0): the factors count `alpha / r`, above 0. The paper's alpha, rank and
+        alpha (`float`, defaults to 32.0): the factors count `alpha / r`, in (0, 1e9). The paper's alpha, rank and
             parameters: 32, 128, 60M; 16, 256, 130M and 350M; 8, 512, 1B; 8, 1024, 7B.
         support (`str`, defaults to `"random"`): `"magnitude"` takes the largest entries of what the best rank r
             leaves of the weight that is replaced; for comparison, on weights that were trained before.
@@ -58,11 +57,9 @@ class SLTrain(Method):
     support: str = "random"
 
     def __post_init__(self):
-        check_share(self, "density")
-        if not isinstance(self.alpha, (int, float)) or isinstance(self.alpha, bool) or not 0 < self.alpha < 1e9:
-            raise ConfigError(f"`alpha`={self.alpha!r} of sltrain must be a number above 0.")
-        if self.support not in SUPPORTS:
-            raise ConfigError(f"`support`={self.support!r} of sltrain must be one of {list(SUPPORTS)}.")
+        check_number("density", self.density, 0, 1, self.name)
+        check_number("alpha", self.alpha, 0, 1e9, self.name, open_low=True, open_high=True)
+        check_choice("support", self.support, SUPPORTS, self.name)
 
     def layout(self, out_features, in_features, rank):
         return {"nonzeros": round(self.density * out_features * in_features), "scaling": self.alpha / rank}

@@ -1,9 +1,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ..checks import check_integer
 from ..linalg import semi_nonnegative
 from ._measured import Measured
-from ._options import check_count
 from .base import Factors, register_method
 
 
@@ -36,7 +36,7 @@ class SemiNMF(Measured):
     sweeps: int = 20
 
     def __post_init__(self):
-        check_count(self, "sweeps", 0)
+        check_integer("sweeps", self.sweeps, 0, self.name)
 
     def bound(self, rank):
         return rank - 1

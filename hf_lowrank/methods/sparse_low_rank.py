@@ -3,9 +3,9 @@ from typing import ClassVar
 
 import torch
 
+from ..checks import check_integer, check_number
 from ..linalg import balanced, largest_entries, require_finite, sparse_matrix, truncated_svd
 from ._measured import Measured
-from ._options import check_count, check_share
 from .base import Factors, register_method
 
 
@@ -44,8 +44,8 @@ class SparseLowRank(Measured):
     sweeps: int = 4
 
     def __post_init__(self):
-        check_share(self, "density")
-        check_count(self, "sweeps", 1)
+        check_number("density", self.density, 0, 1, self.name)
+        check_integer("sweeps", self.sweeps, 1, self.name)
 
     def layout(self, out_features, in_features, rank):
         return {"nonzeros": round(self.density * out_features * in_features)}

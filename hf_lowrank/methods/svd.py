@@ -2,9 +2,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import ConfigError
+from ..checks import check_choice, check_integer
 from ..linalg import randomized_svd, singular_energies, truncated_svd
-from ._options import check_count
 from .base import Factors, Method, register_method
 
 
@@ -43,10 +42,9 @@ class SVD(Method):
     power_iterations: int = 4
 
     def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"`solver`={self.solver!r} of svd must be one of {list(SOLVERS)}.")
-        check_count(self, "oversampling", 0)
-        check_count(self, "power_iterations", 0)
+        check_choice("solver", self.solver, SOLVERS, self.name)
+        check_integer("oversampling", self.oversampling, 0, self.name)
+        check_integer("power_iterations", self.power_iterations, 0, self.name)
 
     def factorize(self, weight, rank, stats):
         if self.solver == "exact":

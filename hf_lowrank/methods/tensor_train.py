@@ -3,12 +3,11 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import is_integer
+from ..checks import check_integer, is_integer
 from ..errors import ConfigError
 from ..formats import TensorTrainLinear, misfit
 from ..linalg import balanced_modes, centred, full_bonds, tensor_train, train_matrix
 from ._measured import Measured
-from ._options import check_count
 from .base import Factors, register_method
 
 
@@ -61,13 +60,13 @@ class TensorTrain(Measured):
     max_bond: int | None = None
 
     def __post_init__(self):
-        check_count(self, "cores", 2)
+        check_integer("cores", self.cores, 2, self.name)
         if self.cores > TensorTrainLinear.tensors:
             raise ConfigError(f"`cores`={self.cores} of tensor_train must be at most {TensorTrainLinear.tensors}.")
         for name in ("out_shape", "in_shape"):
             object.__setattr__(self, name, _checked_shapes(name, getattr(self, name)))
         if self.max_bond is not None:
-            check_count(self, "max_bond", 1)
+            check_integer("max_bond", self.max_bond, 1, self.name)
         if self.bond_dims is not None:
             if self.max_bond is not None:
                 raise ConfigError("Give `bond_dims` or `max_bond` of tensor_train, not both.")

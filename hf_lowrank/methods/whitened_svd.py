@@ -3,7 +3,7 @@ from typing import ClassVar
 
 import torch
 
-from ..errors import ConfigError
+from ..checks import check_choice, check_number
 from ..linalg import balanced, output_energies, output_optimal, psd_safe_cholesky, require_finite, shrink
 from .base import Factors, Method, register_method
 
@@ -32,6 +32,7 @@ class WhitenedSVD(Method):
         weight `(out, in)`, statistic `input_gram` `(in, in)`, left `(out, r)`, right `(r, in)`. Computed in float64.
 
     Raises:
+        ConfigError: an option out of range.
         NonFiniteError: the weight or the Gram matrix holds NaN or infinity.
         NotPSDError: only with `form="cholesky"`, when jitter up to 1e-4 of the mean diagonal does not help.
 
@@ -45,10 +46,8 @@ class WhitenedSVD(Method):
     shrinkage: float = 0.0
 
     def __post_init__(self):
-        if self.form not in FORMS:
-            raise ConfigError(f"`form`={self.form!r} of whitened_svd is not one of {list(FORMS)}.")
-        if not 0 <= self.shrinkage < 1:
-            raise ConfigError(f"`shrinkage`={self.shrinkage!r} of whitened_svd must be in [0, 1).")
+        check_choice("form", self.form, FORMS, self.name)
+        check_number("shrinkage", self.shrinkage, 0, 1, self.name, open_high=True)
 
     def factorize(self, weight, rank, stats):
         gram = shrink(stats["input_gram"].double(), self.shrinkage)

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 
 from ..blocks import block_names, first_calls
-from ..checks import is_integer, is_number
+from ..checks import check_integer, check_number, is_number
 from ..errors import CalibrationError, ConfigError, NonFiniteError, TargetError
 from ..formats import DenseLinear
 from ..replace import Made, put
@@ -44,7 +44,8 @@ class Pruning:
     Args:
         param_ratio (`float`): channels kept of those there are, in (0, 1], rounded to the nearest whole number; so
             are parameters of these layers.
-        keep_bottom (`float`, defaults to 0.01): the least important channels that are kept all the same, in [0, 1).
+        keep_bottom (`float`, defaults to 0.01): the least important channels that are kept all the same, in
+            [0, `param_ratio`).
         channel_multiple (`int`, defaults to 1): what the number of channels left is a multiple of, rounded down where
             there are so many.
 
@@ -61,20 +62,24 @@ class Pruning:
             raise ConfigError(
                 f"`param_ratio`={self.param_ratio!r} must be in (0, 1]: the fraction of the channels that is *kept*."
             )
-        if not is_number(self.keep_bottom) or not 0 <= self.keep_bottom < 1:
-            raise ConfigError(f"`keep_bottom`={self.keep_bottom!r} must be in [0, 1).")
-        if not is_integer(self.channel_multiple, 1):
-            raise ConfigError(f"`channel_multiple`={self.channel_multiple!r} must be an integer of at least 1.")
+        check_number("keep_bottom", self.keep_bottom, 0, 1, open_high=True)
+        if self.keep_bottom >= self.param_ratio:
+            raise ConfigError(
+                f"`keep_bottom`={self.keep_bottom} must be below `param_ratio`={self.param_ratio}: of the channels "
+                "that are kept, none but the least important would be left; lower it."
+            )
+        check_integer("channel_multiple", self.channel_multiple, 1)
 
     def kept(self, scores):
         """The channels that are left, rising, of those with `scores` `(channels,)`; of equal ones the first goes.
 
-        By rising score, the first `keep_bottom` are kept, what follows goes, and the rest is kept.
+        By rising score, the first `keep_bottom` are kept, what follows goes, and the rest is kept, one at least.
         """
         count = max(1, round(self.param_ratio * len(scores)))
         if count >= self.channel_multiple:
             count -= count % self.channel_multiple
-        safe = min(round(self.keep_bottom * len(scores)), count)
+        # Rounding may not leave the least important channels alone.
+        safe = min(round(self.keep_bottom * len(scores)), count - 1)
         order = scores.sort(stable=True).indices
         return torch.cat([order[:safe], order[len(scores) - count + safe :]]).sort().values
 
@@ -167,8 +172,12 @@ def check_flow(model, groups, inputs):
     Raises:
         CalibrationError: `inputs` is no batch, or does not reach a group.
         TargetError: a group whose channels are read otherwise.
+        NonFiniteError: a weight of a group, or what a block puts out, holds NaN, of which nothing can be tried.
     """
     check_arguments(model, inputs)
+    for group in groups:
+        for site in group.sites:
+            _check_finite(site, site.kind.weight(model, site))
     blocks = block_names(model, [group.consumer.name for group in groups]) or [""]
     with prepared(model, backward=False):
         calls = first_calls(model, blocks, lambda: model(**call_arguments(model, inputs)))
@@ -181,20 +190,32 @@ def check_flow(model, groups, inputs):
             )
         cut = len(prefix) + 1 if prefix else 0
         names = [site.name[cut:] for site in group.producers]
-        if not _flows(model.get_submodule(prefix), calls[prefix], names, group.consumer.name[cut:]):
+        if not _flows(model.get_submodule(prefix), prefix, calls[prefix], names, group.consumer.name[cut:]):
             raise TargetError(
                 f"What {', '.join(site.name for site in group.producers)} put out is not read, channel by channel, by "
                 f"{group.consumer.name} alone, so that channels cannot be taken away; change `channel_groups`."
             )
 
 
-def _flows(block, call, producers, consumer):
+def _check_finite(site, tensor):
+    if not torch.isfinite(tensor).all():
+        raise NonFiniteError(
+            f"The weight of {site.name} holds NaN or infinite values; repair it, or leave it out of `channel_groups`."
+        )
+
+
+def _flows(block, name, call, producers, consumer):
     shapes = {name: shape_of(layer) for name, layer in linear_maps(block).items()}
     width = shapes[consumer][1]
     readers = [name for name in shapes if shapes[name][1] == width]
     with torch.no_grad():
         trial = Trial(block, *call, readers)
         before = trial.run()
+        # NaN differs from itself, and so would look like a change that reaches everything.
+        if any(tensor.isnan().any() for tensor in before[0]):
+            raise NonFiniteError(
+                f"{name or 'The model'} puts out NaN on the calibration data; repair the weights there, or before it."
+            )
         # All that could have a part in these channels, whatever `producers` says.
         possible = [name for name in shapes if shapes[name][0] == width]
         joined = next((g for g in connected(trial, before, possible, shapes) if consumer in g[1]), ([], []))
@@ -228,8 +249,7 @@ def channel_scores(model, group, statistics):
         norms = statistics.get(site.name, [STATISTIC])[STATISTIC][1].to(weight.device)
         weighed = (weight * norms).square()
         scores = weighed.sum(0 if site is group.consumer else 1).sqrt()
-        if not torch.isfinite(scores).all():
-            raise NonFiniteError(f"The weight of {site.name} holds NaN or infinite values; repair it.")
+        _check_finite(site, scores)
         total = total + scores.to(total.device if isinstance(total, torch.Tensor) else scores.device)
     return total
 
@@ -245,6 +265,9 @@ def prune_groups(model, groups, statistics, pruning):
 
     Returns:
         `dict[str, torch.Tensor]`: the channels that are left, by the name of the consumer.
+
+    Raises:
+        NonFiniteError: a weight holds NaN or infinity; the model is as it was.
     """
     # All is known before the first layer is touched.
     kept = {group.consumer.name: pruning.kept(channel_scores(model, group, statistics)) for group in groups}

@@ -6,6 +6,9 @@ import json
 import os
 from pathlib import Path
 
+import jinja2
+
+from ..errors import MissingPackageError
 from . import figures
 from .quality import measures_of
 from .svg import inline, styled
@@ -23,13 +26,16 @@ WORST = 8
 
 
 def render(report):
-    """The page that shows `report`, a [`Report`]."""
+    """The page that shows `report`, a [`Report`].
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
     try:
-        import jinja2
         import matplotlib  # noqa: F401 (for the plots, further down)
     except ImportError as error:
-        raise ImportError(
-            f"The page of a report needs {error.name}, which is not installed: `pip install 'hf-lowrank[report]'`."
+        raise MissingPackageError(
+            "The page of a report needs matplotlib, which is not installed: `pip install 'hf-lowrank[report]'`."
         ) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS),

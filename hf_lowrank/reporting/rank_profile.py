@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from ..checks import is_number
-from ..errors import ConfigError
+from ..errors import ConfigError, TargetError
+from ..formats import is_packed
 from ..linalg import energy_rank, require_finite
 from ..surgery import match_sites
 from .table import aligned
@@ -98,18 +99,32 @@ def rank_profile(model, energy=0.9, target_modules="all-linear", exclude_modules
 
     Raises:
         ConfigError: `energy` out of range.
-        TargetError: a pattern that matches no dense linear layer.
+        TargetError: a pattern that matches no dense linear layer; a weight that is offloaded, or quantized.
         NonFiniteError: a weight holds NaN or infinity.
     """
     if not is_number(energy) or not 0 < energy <= 1:
         raise ConfigError(f"`energy`={energy!r} must be in (0, 1]: the share of the squared weight that is kept.")
+    sites = match_sites(model, target_modules, exclude_modules)
+    for site in sites:
+        _check_weight(model, site)
     rows = []
-    for site in match_sites(model, target_modules, exclude_modules):
+    for site in sites:
         weight = site.kind.weight(model, site)
         require_finite(weight, f"The weight of {site.name}")
         for copy, matrix in enumerate(weight):
             rows.append(_of_matrix(f"{site.name}[{copy}]" if site.copies > 1 else site.name, matrix, energy))
     return RankProfile(rows, energy)
+
+
+def _check_weight(model, site):
+    weight = model.get_parameter(site.weight_name)
+    if weight.is_meta:
+        problem = "is on disk or on the meta device; load the model without offloading"
+    elif is_packed(weight):
+        problem = "is quantized, and its rank is that of roundings; give the model that it was made from"
+    else:
+        return
+    raise TargetError(f"The weight of {site.name} {problem}, or leave it out with `exclude_modules`.")
 
 
 def _of_matrix(name, matrix, energy):

@@ -66,7 +66,7 @@ class Report:
         page takes 4.8 MB before the first plot.
 
         Raises:
-            ImportError: matplotlib or Jinja is not installed.
+            MissingPackageError: matplotlib is not installed.
         """
         from .page import render
 

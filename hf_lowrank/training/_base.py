@@ -1,7 +1,6 @@
 """What callbacks share that work on the weights of a model in training: targets, refusals, and where state lives."""
 
 import inspect
-import math
 import zlib
 from typing import ClassVar
 
@@ -10,7 +9,6 @@ from torch import distributed
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..checks import is_integer, is_number
 from ..errors import CheckpointError, ConfigError, TargetError
 from ..sharding import refuse_fsdp, refuse_sharded
 from ..surgery import match_sites
@@ -188,22 +186,3 @@ def share(tensor):
         whole = tensor.contiguous()
         distributed.broadcast(whole, src=0)
         tensor.copy_(whole)
-
-
-def check_number(name, value, low, high=math.inf, open_low=False):
-    """Refuse an option that is no number in [low, high], or in (low, high] with `open_low`."""
-    if not is_number(value) or not low <= value <= high or (open_low and value == low):
-        bounds = f"in {'(' if open_low else '['}{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
-        raise ConfigError(f"`{name}`={value!r} must be a number {bounds}.")
-
-
-def check_boolean(name, value):
-    """Refuse an option that is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"`{name}`={value!r} must be True or False.")
-
-
-def check_integer(name, value, least):
-    """Refuse an option that is no integer of at least `least`."""
-    if not is_integer(value, least):
-        raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")

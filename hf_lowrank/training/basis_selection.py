@@ -2,13 +2,14 @@
 
 import torch
 
+from ..checks import check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..formats import LowRankLinear, WeightedBasesLinear, check_rank
 from ..integrations import to_dense
 from ..kinds import dense_kind
 from ..surgery import factorized, matches
 from ..truncate import truncate
-from ._base import WeightCallback, add_buffer, check_integer, check_number, remove_buffers, trainable_sites
+from ._base import WeightCallback, add_buffer, remove_buffers, trainable_sites
 from ._full_rank import full_rank, refuse_stale
 
 

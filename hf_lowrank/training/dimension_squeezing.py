@@ -5,13 +5,14 @@ import math
 
 import torch
 
+from ..checks import check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..formats import LinearFace, TensorTrainLinear
 from ..integrations import to_dense
 from ..kinds import dense_kind
 from ..linalg import bond_cores, lowered_bond
 from ..surgery import factorized
-from ._base import WeightCallback, check_integer, check_number, remove_buffers, share
+from ._base import WeightCallback, remove_buffers, share
 
 
 logger = logging.getLogger(__name__)
@@ -89,9 +90,10 @@ class DimensionSqueezingCallback(WeightCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Momentum goes on where there is no gradient.
+        layers = _layers(model)
         for name, live in self._live.items():
             ends = (1, *live, 1)
-            for k, core in enumerate(_layers(model)[name].cores):
+            for k, core in enumerate(layers[name].cores):
                 core[ends[k] :] = 0
                 core[..., ends[k + 1] :] = 0
 

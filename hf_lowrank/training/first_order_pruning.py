@@ -2,20 +2,12 @@
 
 import torch
 
+from ..checks import check_boolean, check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..linalg import largest
 from ..statistics import Statistics
 from ..surgery import all_sites
-from ._base import (
-    WeightCallback,
-    add_site_buffer,
-    check_boolean,
-    check_integer,
-    check_number,
-    remove_buffers,
-    site_buffer,
-    trainable_sites,
-)
+from ._base import WeightCallback, add_site_buffer, remove_buffers, site_buffer, trainable_sites
 
 
 SCORES = ("movement", "taylor", "magnitude")

@@ -4,11 +4,12 @@ import math
 
 import torch
 
+from ..checks import check_boolean, check_integer, check_number
 from ..draws import deal
 from ..errors import ConfigError, TargetError
 from ..formats import LowRankLinear
 from ..linalg import balanced
-from ._base import WeightCallback, check_boolean, check_integer, check_number, remove_buffers, trainable_sites
+from ._base import WeightCallback, remove_buffers, trainable_sites
 from ._components import clear_from, component_layers, importance, live_rank
 from ._full_rank import full_rank, refuse_stale
 from ._gates import close_gates, take_gates_off

@@ -1,12 +1,11 @@
 """One model trained with ordered dropout, at many sizes: which ranks a budget allows, and the cut."""
 
-from ..checks import is_integer
+from ..checks import check_number, is_integer
 from ..errors import ConfigError, RankError, TargetError
 from ..integrations import to_dense
 from ..kinds import dense_kind
 from ..rewrite import replace_factors
 from ..surgery import factorized
-from ._base import check_number
 from ._components import component_layers, importance
 
 

@@ -2,9 +2,9 @@
 
 from transformers import Trainer
 
+from ..checks import check_boolean, check_number
 from ..errors import ConfigError
 from ..refine.distillation import logit_loss
-from ._base import check_boolean, check_number
 from ._components import component_layers, tails
 from ._gates import open_gates
 from ._passes import Computed, refuse_two_passes, replaced_forward

@@ -3,7 +3,7 @@
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..checks import is_integer, is_number
+from ..checks import check_choice, check_integer, check_number
 from ..draws import draw, two_branch_layers
 from ..errors import ConfigError, TargetError
 from ..refine.distillation import logit_loss
@@ -35,14 +35,11 @@ class MixedRankCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, probability=0.5, anneal_fraction=0.5, anneal_steps=None, seed=0):
-        if not is_number(probability) or not 0 <= probability <= 1:
-            raise ConfigError(f"`probability`={probability!r} must be in [0, 1]: that of the full-rank weight.")
-        if not is_number(anneal_fraction) or not 0 < anneal_fraction <= 1:
-            raise ConfigError(f"`anneal_fraction`={anneal_fraction!r} must be in (0, 1], a part of the run.")
-        for name, value, least in (("anneal_steps", anneal_steps, 1), ("seed", seed, 0)):
-            given = value is not None or name == "seed"
-            if given and not is_integer(value, least):
-                raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")
+        check_number("probability", probability, 0, 1)
+        check_number("anneal_fraction", anneal_fraction, 0, 1, open_low=True)
+        if anneal_steps is not None:
+            check_integer("anneal_steps", anneal_steps, 1)
+        check_integer("seed", seed, 0)
         self.probability = probability
         self.anneal_fraction = anneal_fraction
         self.anneal_steps = anneal_steps
@@ -110,10 +107,8 @@ class MixedRankTrainer(Trainer):
     """
 
     def __init__(self, *args, consistency_weight=1.0, consistency="kl", **kwargs):
-        if not is_number(consistency_weight) or consistency_weight < 0:
-            raise ConfigError(f"`consistency_weight`={consistency_weight!r} must be a number of at least 0.")
-        if consistency not in ("kl", "mse"):
-            raise ConfigError(f"`consistency`={consistency!r} must be 'kl' or 'mse'.")
+        check_number("consistency_weight", consistency_weight, 0)
+        check_choice("consistency", consistency, ("kl", "mse"))
         super().__init__(*args, **kwargs)
         self.consistency_weight = consistency_weight
         self.consistency = consistency

@@ -5,9 +5,10 @@ import inspect
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ..checks import check_integer
 from ..errors import ConfigError, TargetError
 from ..sharding import refuse_fsdp, refuse_sharded
-from ._base import check_integer, refuse_arguments
+from ._base import refuse_arguments
 from ._components import component_layers
 
 

@@ -2,12 +2,13 @@
 
 import torch
 
+from ..checks import check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..formats import FORMATS
 from ..integrations import LowRankConfig
 from ..integrations.planning import Gathered, informed_plan
 from ..integrations.verbs import describe, refuse_quantized
-from ._base import WeightCallback, add_buffer, check_integer, check_number, remove_buffers, share, trainable_sites
+from ._base import WeightCallback, add_buffer, remove_buffers, share, trainable_sites
 from ._straight_through import StraightThroughLinear, finish, refresh, straight_through_layers
 
 

@@ -5,23 +5,14 @@ import re
 
 import torch
 
+from ..checks import check_boolean, check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..formats import LowRankLinear
 from ..integrations import LowRankConfig, factorize
 from ..linalg import energy_rank, low_rank_projection
 from ..recipe import DENSE
 from ..surgery import all_sites, factorized
-from ._base import (
-    WeightCallback,
-    add_site_buffer,
-    check_boolean,
-    check_integer,
-    check_number,
-    remove_buffers,
-    share,
-    site_buffer,
-    trainable_sites,
-)
+from ._base import WeightCallback, add_site_buffer, remove_buffers, share, site_buffer, trainable_sites
 
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from hf_lowrank import ALLOCATORS
+from hf_lowrank import ALLOCATORS, ConfigError
 from hf_lowrank.allocation import round_down
 from hf_lowrank.testing import check_allocator
 
@@ -30,3 +32,26 @@ def test_allocator(name):
 )
 def test_round_down(rank, multiple, least, expected):
     assert round_down(rank, multiple, least) == expected
+
+
+FIELDS = [
+    (name, field.name, type(field.default) in (int, float))
+    for name in ALLOCATORS.names()
+    for field in dataclasses.fields(ALLOCATORS[name])
+]
+
+
+@pytest.mark.parametrize(("name", "option", "number"), FIELDS)
+@pytest.mark.parametrize("value", ["1e-3", ["a"], {"a": "b"}, 3.5, -1, float("nan"), True, object()], ids=str)
+def test_options_as_files_may_hold_them_are_refused_by_name(name, option, number, value):
+    def build():
+        return ALLOCATORS.build({"name": name, option: value})
+
+    if number and (value is True or not isinstance(value, (int, float)) or value != value):
+        with pytest.raises(ConfigError, match=f"`{option}`="):
+            build()
+    else:
+        try:
+            build()
+        except ConfigError as error:
+            assert f"`{option}" in str(error)

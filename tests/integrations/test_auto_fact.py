@@ -1,5 +1,6 @@
 import copy
 import logging
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,9 @@ def test_submodules_confine_it(caplog):
         ({"num_iter": 0}, hf_lowrank.ConfigError, "`num_iter`=0"),
         ({"fact_led_unit": True}, hf_lowrank.ConfigError, "factors of factors"),
         ({"submodules": [nn.Linear(2, 2)]}, hf_lowrank.ConfigError, "modules inside `module`"),
+        ({"submodules": []}, hf_lowrank.ConfigError, r"`submodules`=\[\] must be a non-empty list of modules"),
+        ({"submodules": 3}, hf_lowrank.ConfigError, "`submodules`=3 must be a non-empty list of modules"),
+        ({"submodules": "linears"}, hf_lowrank.ConfigError, "`submodules`='linears' must be a non-empty list"),
     ],
 )
 def test_arguments_that_are_refused(options, error, message):
@@ -106,6 +110,21 @@ def test_arguments_that_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         auto_fact(module, **{"rank": 4, **options})
     assert not factors(module)
+
+
+def test_a_weight_that_is_not_finite_is_left_out_with_an_argument_there_is():
+    module = mixed()
+    module["linears"][0].weight.data[0, 0] = torch.nan
+    with pytest.raises(hf_lowrank.NonFiniteError, match="linears.0 .* or confine auto_fact with `submodules`") as e:
+        auto_fact(module, 4)
+    assert "exclude_modules" not in str(e.value)
+    assert factors(auto_fact(module, 4, submodules=[module["convs"]])) == {"convs.0", "convs.1", "convs.2"}
+
+
+def test_without_scikit_learn_the_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(hf_lowrank.MissingPackageError, match="needs scikit-learn"):
+        auto_fact(mixed(), 4, "nmf")
 
 
 def test_a_factorized_module_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -149,11 +150,22 @@ def test_text_for_an_encoder_decoder_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"samples": 0}, "`samples`=0 of Calibration"), ({"temperature": 0}, "`temperature`=0 of Calibration")],
+    [
+        ({"samples": 0}, "`samples`=0 of Calibration"),
+        ({"temperature": 0}, "`temperature`=0 of Calibration"),
+        ({"temperature": "1"}, "`temperature`='1' of Calibration must be a number above 0"),
+    ],
 )
 def test_sizes_are_checked(options, message):
     with pytest.raises(hf_lowrank.ConfigError, match=message):
         Calibration(**options)
+
+
+def test_without_the_datasets_library_the_cure_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    model, _ = tiny_model("llama")
+    with pytest.raises(hf_lowrank.MissingPackageError, match=r"`calibration`='some/set' .* 'hf-lowrank\[data\]'"):
+        collect_statistics(model, "some/set", tokenizer=lambda *args, **kwargs: None)
 
 
 def test_a_folder_gives_the_same_model_on_every_road(llama, tmp_path):

@@ -1,6 +1,7 @@
 """Exported models hold factors, each once and none multiplied out, and compute what the model computes."""
 
 import functools
+import sys
 from collections import Counter
 
 import pytest
@@ -30,6 +31,13 @@ def made(name, format):
     assert (len(lenders) > 1) == (format == "shared_basis")
     with torch.no_grad():
         return model, inputs(), model(**inputs()).logits
+
+
+def test_without_the_exporters_packages_the_cure_is_named(monkeypatch):
+    for name in ("onnx_ir", "onnx_ir.passes"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(hf_lowrank.MissingPackageError, match=r"pip install 'hf-lowrank\[export\]'"):
+        hf_lowrank.share_initializers(None)
 
 
 def matrices(tensors):

@@ -364,6 +364,20 @@ def test_a_missing_basis_is_never_random(llama, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_group_that_only_some_blocks_have_is_one():
+    model, _ = tiny_model("llama")
+    del model.model.layers[0].mlp.up_proj
+    method = {"name": "basis_sharing", "share_layers": 1, "joint_groups": [FEED, [*QKV, "down_proj"]]}
+    plan = make_plan(model, LowRankConfig(method=method))
+    members = {name.removeprefix("model.layers."): len(site.members) for name, site in plan.sites.items()}
+    assert members["1.mlp.gate_proj"] == 2
+    assert members["0.mlp.gate_proj"] == members["0.mlp.down_proj"] == 1
+    assert members["0.self_attn.q_proj"] == 3
+    # What is left out takes the group apart; it is no mistake.
+    plan = make_plan(model, LowRankConfig(method=method, target_modules=["gate_proj"]))
+    assert {len(site.members) for site in plan.sites.values()} == {1}
+
+
 def test_a_group_is_made_of_what_is_targeted(llama):
     folder, _ = llama
     model = small(folder, "joint", exclude_modules=["layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj"])
@@ -382,6 +396,12 @@ def test_a_group_is_made_of_what_is_targeted(llama):
             "'query', which matches no linear",
         ),
         ({"method": {**JOINT, "joint_groups": [QKV, ["q_proj", "o_proj"]]}}, ConfigError, "q_proj 2 times"),
+        (
+            {"method": {**JOINT, "joint_groups": [FEED, ["q_proj", "down_proj"]]}},
+            TargetError,
+            r"\['q_proj', 'down_proj'\] together, of which no two .* \(model.layers.0.self_attn.q_proj, model",
+        ),
+        ({"method": {**BOTH, "joint_groups": [["q_proj", "up_proj"]]}}, TargetError, "no two stand"),
         ({"method": {**JOINT, "joint_groups": [["up_proj", "down_proj"]]}}, TargetError, "cannot share a basis"),
         ({"method": JOINT, "rank_pattern": {"q_proj": 8, "k_proj": 9}}, ConfigError, r"different ranks, \[8, 9\]"),
         (

@@ -121,6 +121,36 @@ def test_of_an_evaluation_alone():
     assert "x smaller" not in model_card(evaluation=after).text
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found.clear(), "has no 'size', and is no evaluation then; give what hf_lowrank.evaluate"),
+        (lambda found: found["size"].pop("parameters"), "has no 'size.parameters'"),
+        (lambda found: found["environment"].pop("torch"), "has no 'environment.torch'"),
+        (lambda found: found["perplexity"]["count"].pop("windows"), "has no 'perplexity.count.windows'"),
+        (lambda found: found.update(perplexity=[]), "holds list, not a dict at 'perplexity'"),
+        (lambda found: found.update(data=None), "holds NoneType, not a dict at 'data'"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_named(change, message):
+    model = small()
+    damaged = measured(model).to_json()
+    change(damaged)
+    with pytest.raises(ConfigError, match=f"`evaluation` {message}"):
+        model_card(model, "me/x", evaluation=damaged)
+    with pytest.raises(ConfigError, match=f"`evaluation` {message}"):
+        model_card(evaluation=damaged)
+    with pytest.raises(ConfigError, match=f"`dense` {message}"):
+        model_card(model, "me/x", evaluation=measured(model), dense=damaged)
+
+
+def test_what_is_no_evaluation_at_all_is_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    for given, message in ((3, "holds int, not a dict"), (tmp_path / "list.json", "holds list, not a dict")):
+        with pytest.raises(ConfigError, match=f"`evaluation` {message}, and is no evaluation then"):
+            model_card(small(), evaluation=given)
+
+
 def test_what_does_not_belong_together_is_refused():
     model = small()
     after = measured(model)

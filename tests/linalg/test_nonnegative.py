@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from hf_lowrank import ConfigError, NonFiniteError
+from hf_lowrank import ConfigError, MissingPackageError, NonFiniteError
 from hf_lowrank.linalg import nonnegative, semi_nonnegative
 from hf_lowrank.testing.matrices import make_weight
 
@@ -55,5 +55,5 @@ def test_refusals(monkeypatch):
         with pytest.raises(NonFiniteError):
             solver(torch.full((3, 4), float("nan")), 2)
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ConfigError, match=r"pip install \"hf-lowrank\[nmf\]\""):
+    with pytest.raises(MissingPackageError, match=r"pip install \"hf-lowrank\[nmf\]\""):
         nonnegative(torch.ones(3, 4), 2)

@@ -39,3 +39,13 @@ def test_shrinkage_keeps_the_trace():
     assert shrink(gram, 0.0) is gram
     diagonal = gram.trace() / 20 * torch.eye(20, dtype=gram.dtype)
     torch.testing.assert_close(shrink(gram, 1.0), diagonal)
+
+
+def test_shrinkage_to_the_diagonal_keeps_it_and_leaves_nothing_singular():
+    gram = make_gram(12, tokens=4)
+    shrunk = shrink(gram, 0.3, "diagonal")
+    torch.testing.assert_close(shrunk.diagonal(), gram.diagonal())
+    torch.testing.assert_close(shrunk - shrunk.diagonal().diag(), 0.7 * (gram - gram.diagonal().diag()))
+    assert torch.linalg.eigvalsh(shrunk)[0] > 0
+    gram[3] = gram[:, 3] = 0
+    assert torch.linalg.eigvalsh(shrink(gram, 0.3, "diagonal"))[0] > 0

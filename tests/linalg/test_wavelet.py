@@ -7,7 +7,7 @@ import pywt
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_lowrank.errors import ConfigError
+from hf_lowrank.errors import ConfigError, MissingPackageError
 from hf_lowrank.linalg.wavelet import band_names, band_sizes, orthogonal_wavelets, synthesize, wavelet_filters
 
 
@@ -82,5 +82,5 @@ def test_without_pywavelets(monkeypatch):
     monkeypatch.setitem(sys.modules, "pywt", None)
     for cached in (orthogonal_wavelets, wavelet_filters):
         cached.cache_clear()
-    with pytest.raises(ConfigError, match=r'needs PyWavelets, .* `pip install "hf-lowrank\[peft\]"`'):
+    with pytest.raises(MissingPackageError, match=r'needs PyWavelets, .* `pip install "hf-lowrank\[peft\]"`'):
         wavelet_filters("haar")

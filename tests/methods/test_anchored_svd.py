@@ -95,9 +95,9 @@ def test_inputs_that_are_all_zero_leave_the_weight_its_own_target():
 
 def test_options_are_checked():
     for option, value, allowed in (
-        ("ridge", 0, "above 0"),
-        ("beta", 1.5, r"in \[0, 1\]"),
-        ("grad_shrinkage", 1.0, r"in \[0, 1\)"),
+        ("ridge", 0, "a number above 0"),
+        ("beta", 1.5, r"a number in \[0, 1\]"),
+        ("grad_shrinkage", 1.0, r"a number in \[0, 1\)"),
         ("two_sided", "yes", "True or False"),
     ):
         with pytest.raises(ConfigError, match=rf"`{option}`={value!r} of anchored_svd must be {allowed}"):

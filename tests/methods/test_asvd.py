@@ -72,5 +72,5 @@ def test_all_options_keep_the_laws():
 def test_options_are_checked():
     with pytest.raises(ConfigError, match="`alpha`=-1 of asvd must be a number of at least 0"):
         METHODS["asvd"](alpha=-1)
-    with pytest.raises(ConfigError, match="`scale`='max' of asvd is not one of"):
+    with pytest.raises(ConfigError, match="`scale`='max' of asvd must be one of"):
         METHODS["asvd"](scale="max")

@@ -96,7 +96,7 @@ def test_options_are_checked():
     for count in (0, 1.5, True):
         with pytest.raises(ConfigError, match=r"`share_layers`=.* of basis_sharing must be an integer of at least 1"):
             METHODS["basis_sharing"](share_layers=count)
-    with pytest.raises(ConfigError, match=r"`shrinkage`=1 of basis_sharing must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"`shrinkage`=1 of basis_sharing must be a number in \[0, 1\)"):
         METHODS["basis_sharing"](shrinkage=1)
 
 

@@ -79,7 +79,7 @@ def test_a_budget_counts_atoms_codes_and_masks():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"density": 0}, r"`density`=0 of dsformer must be in \(0, 1\]"),
+        ({"density": 0}, r"`density`=0 of dsformer must be a number in \(0, 1\]"),
         ({"density": True}, "`density`=True"),
         ({"blocks": 0}, "`blocks`=0 of dsformer must be an integer of at least 1"),
         ({"sweeps": -1}, "`sweeps`=-1 of dsformer must be an integer of at least 0"),

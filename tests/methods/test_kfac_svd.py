@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from hf_lowrank import METHODS, ConfigError
-from hf_lowrank.testing import make_gram, make_weight
+from hf_lowrank.testing import check_method, make_gram, make_weight
+from hf_lowrank.testing.methods import make_statistics
 
 
 def plain(**kwargs):
@@ -32,7 +33,7 @@ def test_identity_on_the_output_side_is_whitened_svd():
 
 @pytest.mark.parametrize("option", ["input_shrinkage", "grad_shrinkage"])
 def test_options_are_checked(option):
-    with pytest.raises(ConfigError, match=rf"`{option}`=1.5 of kfac_svd must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=rf"`{option}`=1.5 of kfac_svd must be a number in \[0, 1\)"):
         METHODS["kfac_svd"](**{option: 1.5})
 
 
@@ -61,3 +62,13 @@ def test_joint_groups_minimise_the_sum_of_their_members_losses():
         separate += method.error_curve(part, member)[min(rank, len(part))]
     torch.testing.assert_close(achieved, method.error_curve(weight, stats)[rank], rtol=1e-6, atol=0)
     assert achieved >= separate
+
+
+def test_shrunk_to_the_diagonal_the_laws_hold_and_it_is_another_metric():
+    check_method(METHODS["kfac_svd"](shrinkage_target="diagonal"))
+    weight = make_weight(24, 40)
+    stats = make_statistics(METHODS["kfac_svd"](), 24, 40)
+    one, other = (METHODS["kfac_svd"](shrinkage_target=target) for target in ("identity", "diagonal"))
+    assert not torch.allclose(one.factorize(weight, 6, stats).product(), other.factorize(weight, 6, stats).product())
+    with pytest.raises(ConfigError, match=r"`shrinkage_target`='trace' of kfac_svd must be one of \['identity'"):
+        METHODS["kfac_svd"](shrinkage_target="trace")

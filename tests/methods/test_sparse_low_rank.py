@@ -151,7 +151,7 @@ def test_a_residual_adapter_corrects_what_is_left(model):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"density": 1.1}, r"`density`=1.1 of sparse_low_rank must be in \[0, 1\]"),
+        ({"density": 1.1}, r"`density`=1.1 of sparse_low_rank must be a number in \[0, 1\]"),
         ({"sweeps": 0}, "`sweeps`=0 of sparse_low_rank must be an integer of at least 1"),
     ],
 )

@@ -22,7 +22,7 @@ def test_full_shrinkage_approaches_plain_svd():
 
 
 def test_options_are_checked():
-    with pytest.raises(ConfigError, match="`form`='qr' of whitened_svd is not one of"):
+    with pytest.raises(ConfigError, match="`form`='qr' of whitened_svd must be one of"):
         METHODS["whitened_svd"](form="qr")
-    with pytest.raises(ConfigError, match=r"`shrinkage`=1 of whitened_svd must be in \[0, 1\)"):
+    with pytest.raises(ConfigError, match=r"`shrinkage`=1 of whitened_svd must be a number in \[0, 1\)"):
         METHODS["whitened_svd"](shrinkage=1)

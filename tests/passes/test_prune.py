@@ -23,8 +23,9 @@ from hf_lowrank import (
     to_dense,
     truncate,
 )
-from hf_lowrank.passes.prune import Pruning, channel_groups, channel_scores, check_flow
+from hf_lowrank.passes.prune import Pruning, channel_groups, channel_scores, check_flow, prune_groups
 from hf_lowrank.statistics.collect import collect
+from hf_lowrank.surgery import factorized
 from hf_lowrank.testing import tiny_model
 
 
@@ -78,8 +79,18 @@ def test_the_least_important_stay_and_those_above_go():
     assert torch.equal(kept, kept.sort().values)
     assert set(rank[Pruning(0.8, keep_bottom=0).kept(scores)].tolist()) == set(range(200, 1000))
     assert len(Pruning(0.8123, channel_multiple=8).kept(scores)) == 808
-    assert Pruning(0.3, keep_bottom=0.5).kept(scores).numel() == 300
+    assert set(rank[Pruning(0.3, keep_bottom=0.2).kept(scores)].tolist()) == {*range(200), *range(900, 1000)}
     assert torch.equal(Pruning(1).kept(scores), torch.arange(1000))
+
+
+@pytest.mark.parametrize(
+    "pruning", [Pruning(0.15, 0.14), Pruning(0.04, 0.03), Pruning(0.01, 0.005), Pruning(0.3, 0.2, 4)], ids=str
+)
+def test_the_most_important_channel_stays_however_it_is_rounded(pruning):
+    for count in (1, 2, 7, 20, 33):
+        kept = pruning.kept(torch.arange(float(count)))
+        assert count - 1 in kept
+        assert len(kept) <= max(1, round(pruning.param_ratio * count))
 
 
 def test_scores_are_those_of_the_paper():
@@ -274,7 +285,13 @@ def test_what_is_factorized_or_pruned_already_is_refused():
     [
         ({"param_ratio": 0}, ConfigError, r"`param_ratio`=0 must be in \(0, 1\]"),
         ({"param_ratio": True}, ConfigError, "`param_ratio`=True"),
-        ({"keep_bottom": 1.0}, ConfigError, r"`keep_bottom`=1.0 must be in \[0, 1\)"),
+        ({"keep_bottom": 1.0}, ConfigError, r"`keep_bottom`=1.0 must be a number in \[0, 1\)"),
+        (
+            {"param_ratio": 0.1, "keep_bottom": 0.2},
+            ConfigError,
+            "`keep_bottom`=0.2 must be below `param_ratio`=0.1: of the channels that are kept, none but the least",
+        ),
+        ({"param_ratio": 0.2, "keep_bottom": 0.2}, ConfigError, "`keep_bottom`=0.2 must be below"),
         ({"channel_multiple": 0}, ConfigError, "`channel_multiple`=0 must be an integer of at least 1"),
         ({"seed": -1}, ConfigError, "`seed`=-1"),
         ({"channel_groups": "down_proj"}, ConfigError, "`channel_groups`='down_proj' must be a list of pairs"),
@@ -301,6 +318,15 @@ def test_statistics_and_weights_that_cannot_serve():
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="The weight of model.layers.0.mlp.up_proj holds NaN"):
         channel_scores(model, groups[0], statistics)
+    with pytest.raises(NonFiniteError, match="The weight of model.layers.0.mlp.up_proj holds NaN"):
+        prune_groups(model, groups, statistics, Pruning(0.5))
+    with pytest.raises(NonFiniteError, match="up_proj holds NaN .* leave it out of `channel_groups`"):
+        prune_channels(model, 0.5, [inputs])
+    model, inputs = made("llama", torch.float32)
+    model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"model.layers.1 puts out NaN on the calibration data"):
+        prune_channels(model, 0.5, [inputs])
+    assert not factorized(model)
 
 
 @pytest.mark.parametrize(("entry", "value"), [("out_features", 97), ("out_features", 0), ("in_features", "64")])

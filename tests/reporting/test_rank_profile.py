@@ -2,6 +2,8 @@ import json
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from transformers import AutoModelForCausalLM
 
 from hf_lowrank import ConfigError, NonFiniteError, TargetError, rank_profile
 from hf_lowrank.testing import make_weight, tiny_model
@@ -57,6 +59,29 @@ def test_layouts_and_experts():
     rows = {row.name: row for row in rank_profile(model, target_modules=".*layers.0.*experts.down_proj").rows}
     assert len(rows) == 4
     assert [rows[f"model.layers.0.mlp.experts.down_proj[{i}]"].rank for i in (1, 2)] == [64, 0]
+
+
+def test_weights_that_are_not_at_hand_are_refused_by_name():
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(tiny_model("llama")[0].config)
+    with pytest.raises(
+        TargetError, match="model.layers.0.self_attn.q_proj is on disk or on the meta device; load the"
+    ):
+        rank_profile(empty)
+    model, _ = tiny_model("llama")
+    cpu_offload(model.model.layers[1])
+    with pytest.raises(TargetError, match="model.layers.1.self_attn.q_proj is on disk .* with `exclude_modules`"):
+        rank_profile(model)
+    assert len(rank_profile(model, exclude_modules=r".*layers\.1.*").rows) == 7
+
+
+def test_quantized_weights_are_refused_by_name():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model, _ = tiny_model("llama")
+    quantization.quantize_(model.model.layers[1].mlp, quantization.Int8WeightOnlyConfig(version=2))
+    with pytest.raises(TargetError, match="model.layers.1.mlp.gate_proj is quantized, .* give the model that it was"):
+        rank_profile(model)
+    assert len(rank_profile(model, exclude_modules=r".*1\.mlp.*").rows) == 11
 
 
 def test_refusals():

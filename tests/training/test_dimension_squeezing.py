@@ -113,6 +113,18 @@ def test_bonds_that_neighbours_need_stay():
     assert live_bonds(model[0])[1] <= 2
 
 
+def test_an_optimizer_step_walks_the_modules_once(monkeypatch):
+    model, _ = tiny_model("llama")
+    factorize(model, LowRankConfig(method="tensor_train", param_ratio=0.5, allocation="uniform"))
+    callback = DimensionSqueezingCallback()
+    callback.on_pre_optimizer_step(None, None, None, model=model)
+    assert len(callback._live) > 2
+    walks, real = [], model.named_modules
+    monkeypatch.setattr(model, "named_modules", lambda *args, **kwargs: walks.append(1) or real(*args, **kwargs))
+    callback.on_optimizer_step(None, None, None, model=model)
+    assert walks == [1]
+
+
 def test_a_layer_that_is_not_smaller_becomes_dense(tmp_path):
     model = tiny_model("llama")[0]
     pattern = {"q_proj": 64, "up_proj": 8}

@@ -342,7 +342,7 @@ def test_bad_ranks_and_ratios_are_refused(ordered):
     ("options", "match"),
     [
         ({"sampler": "all"}, "`sampler`='all' of MaestroCallback must be one of"),
-        ({"threshold": -1}, "`threshold`=-1 must be a number at least 0"),
+        ({"threshold": -1}, "`threshold`=-1 must be a number of at least 0"),
         ({"shrink_every": 0}, "`shrink_every`=0 must be an integer of at least 1"),
         ({"final_prune": 1}, "`final_prune`=1 must be True or False"),
         ({"seed": -1}, "`seed`=-1 must be an integer of at least 0"),

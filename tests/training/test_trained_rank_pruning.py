@@ -306,7 +306,7 @@ def test_two_processes_end_in_the_same_weights(tmp_path):
         ({"energy": 0.9, "param_ratio": 0.5}, "Give one budget, not `energy`=0.9 and `param_ratio`=0.5"),
         ({"param_ratio": 0}, r"`param_ratio`=0 must be a number in \(0, 1\]"),
         ({"period": 0}, "`period`=0 must be an integer of at least 1"),
-        ({"nuclear_weight": -1}, "`nuclear_weight`=-1 must be a number at least 0"),
+        ({"nuclear_weight": -1}, "`nuclear_weight`=-1 must be a number of at least 0"),
         ({"nuclear_mode": "norm"}, r"`nuclear_mode`='norm' must be one of \['prox', 'subgradient'\]"),
     ],
 )

@@ -105,6 +105,7 @@ assert {{"MixedRankCallback", "MixedRankConfig", "WaraConfig"}} <= set(dir(hf_lo
 try:
     from hf_lowrank import WaraConfig
 except ImportError as error:
+    assert isinstance(error, hf_lowrank.MissingPackageError), type(error)
     print(error)
 """
     done = run_without(("peft", "pywt"), code)
