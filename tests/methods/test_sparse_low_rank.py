@@ -106,10 +106,13 @@ def test_lower_ranks_keep_the_entries_and_say_what_is_lost(model):
 def test_another_format_takes_the_whole_weight(model):
     name = "model.layers.1.mlp.up_proj"
     before = model.get_submodule(name).exact_weight()
-    lost = truncate(model, format="low_rank")
+    whole, lower = model, copy.deepcopy(model)
+    assert truncate(whole, format="low_rank")[name] == 0
+    torch.testing.assert_close(whole.get_submodule(name).exact_weight(), before, rtol=0, atol=1e-6)
+    lost = truncate(lower, rank=4, format="low_rank")
     values = torch.linalg.svdvals(before)
     assert lost[name] == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-4)
-    assert summary(model).rows[0].format == "low_rank"
+    assert {summary(made).rows[0].format for made in (whole, lower)} == {"low_rank"}
 
 
 def test_loras_are_appended_and_entries_stay(model, tmp_path):
