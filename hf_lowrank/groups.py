@@ -97,8 +97,8 @@ def _check_neighbours(model, groups):
             some = ", ".join(entries[0] for entries in found.values())
             raise TargetError(
                 f"`joint_groups` takes {list(group)} together, of which no two stand beside each other anywhere in "
-                f"this model ({some}), so that nothing would be shared; a group is of linears in one module that read one "
-                "input, such as ['q_proj', 'k_proj', 'v_proj']."
+                f"this model ({some}), so that nothing would be shared; a group is of linears in one module that read "
+                "one input, such as ['q_proj', 'k_proj', 'v_proj']."
             )
 
 
