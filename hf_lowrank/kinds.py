@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .checks import is_integer
-from .errors import CheckpointError, RankError
+from .errors import DAMAGED, CheckpointError, RankError
 from .formats import FORMATS
 
 
@@ -237,7 +237,7 @@ def _widths(spec, site):
         if not is_integer(width, 1) or width > most:
             raise CheckpointError(
                 f"`{name}_features`={width!r} of {site.name} must be an integer in 1..{most}, the width in the "
-                "architecture. The checkpoint may be damaged: download or save it again."
+                f"architecture. {DAMAGED}"
             )
     return found
 

@@ -1,16 +1,16 @@
 """PEFT is optional."""
 
-from ...errors import ConfigError
+from ...errors import MissingPackageError
 
 
 def require_peft(what):
     """The module `peft`; `what` is the function that needs it.
 
     Raises:
-        ConfigError: it is not installed.
+        MissingPackageError: it is not installed.
     """
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{what} needs PEFT: `pip install 'hf-lowrank[peft]'`.") from error
+        raise MissingPackageError(f"{what} needs PEFT: `pip install 'hf-lowrank[peft]'`.") from error
     return peft
