@@ -1,5 +1,6 @@
 """Lower the rank of a factorized model, or store it in another format."""
 
+import math
 import os
 from dataclasses import replace
 
@@ -86,7 +87,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
         stats = statistics.get(name, method.statistics) if method.statistics else {}
         try:
             factors = None if stays else _as_it_is(layer)
-            if factors is None or factors.left.shape[1] > ranks.get(name, layer.in_features):
+            if factors is None or ranks.get(name, math.inf) < max(factors.left.shape[1], layer.rank):
                 factors = _lower(layer, ranks[name], layer.rest() if stays else None, method, stats)
             made[name] = factors
         except LowRankError as error:

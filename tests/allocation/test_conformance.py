@@ -42,7 +42,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("name", "option", "number"), FIELDS)
-@pytest.mark.parametrize("value", ["1e-3", ["a"], {"a": "b"}, 3.5, -1, float("nan"), True, object()], ids=str)
+@pytest.mark.parametrize("value", ["1e-3", ["a"], {"a": "b"}, 3.5, -1, float("nan"), True, print], ids=repr)
 def test_options_as_files_may_hold_them_are_refused_by_name(name, option, number, value):
     def build():
         return ALLOCATORS.build({"name": name, option: value})

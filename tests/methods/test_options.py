@@ -19,7 +19,7 @@ def test_what_is_no_number_is_refused(name, option, value):
 
 
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
-@pytest.mark.parametrize("value", ["no such thing", 3.5, -1, ["a"], {"a": []}, object()], ids=str)
+@pytest.mark.parametrize("value", ["no such thing", 3.5, -1, ["a"], {"a": []}, print], ids=repr)
 def test_whatever_an_option_is_the_refusal_is_ours(name, option, value):
     try:
         METHODS.build({"name": name, option: value})
