@@ -3,8 +3,7 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import check_number
-from ..errors import ConfigError
+from ..checks import check_choice, check_number
 from ..linalg import balanced, output_energies, output_optimal, psd_safe_cholesky, require_finite, shrink
 from ._groups import checked_groups
 from .base import Factors, Method, register_method
@@ -30,8 +29,8 @@ class KfacSVD(Method):
     Args:
         input_shrinkage (`float`, defaults to 0.1): fraction in [0, 1) by which C is shrunk to `shrinkage_target`.
         grad_shrinkage (`float`, defaults to 0.1): the same for G.
-        shrinkage_target (`str`, defaults to `"identity"`): or `"diagonal"`: both are shrunk to their own diagonals,
-            which did better on SmolLM2-135M with text that is not the model's own, and worse with text that is.
+        shrinkage_target (`str`, defaults to `"identity"`): a multiple of it, or `"diagonal"`: C and G are shrunk
+            to their own diagonals.
         joint_groups (`list[list[str]]`, *optional*): linears that share a basis, as in [`BasisSharing`]; G of a group
             has the members' G on its diagonal and zeros elsewhere.
 
@@ -61,10 +60,7 @@ class KfacSVD(Method):
         object.__setattr__(self, "joint_groups", checked_groups(self))
         for name in ("input_shrinkage", "grad_shrinkage"):
             check_number(name, getattr(self, name), 0, 1, self.name, open_high=True)
-        if self.shrinkage_target not in TARGETS:
-            raise ConfigError(
-                f"`shrinkage_target`={self.shrinkage_target!r} of kfac_svd must be one of {list(TARGETS)}."
-            )
+        check_choice("shrinkage_target", self.shrinkage_target, TARGETS, self.name)
 
     def factorize(self, weight, rank, stats):
         image, root, gram = self._through(weight, stats)
