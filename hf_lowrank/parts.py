@@ -13,6 +13,7 @@ from .files import PARTIAL, raw, write_json, write_tensors
 
 
 MANIFEST = "manifest.json"
+SUFFIX = ".safetensors"
 VERSION = 2
 # Entries of a config that say where a model came from, not what it computes; dtypes are those of the weights.
 RECORDS = {"_name_or_path", "architectures", "dtype", "transformers_version"}
@@ -81,7 +82,12 @@ class Parts:
 
     def path(self, name):
         """The file that holds the part `name`."""
-        return os.path.join(self.folder, f"{name}.safetensors")
+        return os.path.join(self.folder, f"{name}{SUFFIX}")
+
+    def names(self):
+        """The names of all parts that are there, sorted."""
+        files = sorted(entry.name for entry in os.scandir(self.folder))
+        return [name.removesuffix(SUFFIX) for name in files if name.endswith(SUFFIX)]
 
     def __contains__(self, name):
         return os.path.exists(self.path(name))

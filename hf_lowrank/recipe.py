@@ -52,8 +52,8 @@ class Recipe:
             a list of batches or a dataloader, a `.safetensors` file of saved statistics (local, or
             `owner/repository/file.safetensors` on the Hub), a [`Calibration`] with sizes, or `None`.
         refine (`str`, `dict` or [`Refinement`], *optional*): what happens to the factors after they are computed;
-            `"blocks"` trains each block to give what the dense one gave. Needs calibration data, and the dense model
-            in memory.
+            `"blocks"` trains each block to give what the dense one gave, `"logits"` all of them to predict what the
+            dense model predicts. Needs calibration data, and the dense model in memory.
         compute_device (`str`, *optional*): where factors are computed; by default where the weight is.
         seed (`int`, defaults to 0): seeds everything that is random.
 
@@ -90,11 +90,11 @@ class Recipe:
                 )
         if self.refine is not None:
             self.refine = REFINEMENTS.build(self.refine)
-            if self.method.share_layers > 1:
+            if self.refine.blockwise and self.method.share_layers > 1:
                 raise ConfigError(
                     f"`refine`={self.refine.name!r} trains one block after the other, and {self.method.name!r} with "
                     f"share_layers={self.method.share_layers} ties blocks to each other; use share_layers=1, with "
-                    "`joint_groups` inside the blocks, or leave `refine` unset."
+                    "`joint_groups` inside the blocks, or `refine`='logits'."
                 )
         self._check_budget()
         self._check_start()

@@ -34,10 +34,11 @@ def refined(model, plan, made, config, batches, folder=None):
         twin,
         sites,
         lambda site: put(twin, site, made[site.name]),
-        [call_arguments(twin, batch) for batch in batches],
+        arguments_of(model, config.refine, batches),
         config.seed,
         folder,
         lambda iterable: bar(iterable, "Refining"),
+        model,
     )
     with torch.no_grad():
         found = {site.name: _made_again(twin, site, made[site.name]) for site in sites}
@@ -47,6 +48,11 @@ def refined(model, plan, made, config, batches, folder=None):
             if name in own and own[name] is not parameter:
                 own[name].copy_(parameter)
     return found
+
+
+def arguments_of(model, refinement, batches):
+    """What the model is called with, for every batch of the calibration data."""
+    return [call_arguments(model, batch, all_positions=refinement.predicts) for batch in batches]
 
 
 def _made_again(twin, site, made):

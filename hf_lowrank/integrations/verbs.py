@@ -23,7 +23,7 @@ from .planning import collect_for, gather, informed_plan, refuse_uncollectable
 from .processes import processes_for
 from .progress import Progress
 from .quantizer import LowRankQuantizer, attach
-from .refining import refined
+from .refining import arguments_of, refined
 
 
 def factorize(model, config=None, calibration=None, tokenizer=None):
@@ -92,6 +92,9 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
         statistics.check(plan.statistics_shapes(config.method.statistics))
     for site in plan.members.values():
         require_finite(site.kind.weight(model, site), f"The weight of {site.name}")
+    if config.refine is not None:
+        sites = list(plan.members.values())
+        config.refine.check(model, sites, arguments_of(model, config.refine, gathered.batches))
     plan = informed_plan(model, config, gathered, available)
     # Everything is computed before anything is replaced, so that a failure leaves the model as it was.
     with _making(model, plan, config, statistics) as make:

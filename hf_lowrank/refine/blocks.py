@@ -1,18 +1,17 @@
-import math
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 
 from ..blocks import Chain, block_names, find_chains, in_dtype, record
-from ..checks import is_integer
-from ..errors import CheckpointError, ConfigError, NonFiniteError
+from ..errors import ConfigError, NonFiniteError
 from ..parts import Parts, digest_of_batches
-from .base import Refinement, register_refinement
+from .base import Descent, in_training, read_part, register_refinement, token_mask
 
 
 @register_refinement("blocks")
 @dataclass(frozen=True)
-class BlockRefinement(Refinement):
+class BlockRefinement(Descent):
     r"""Train each factorized block, alone and in order, to give what the dense block gave.
 
         min over all parameters of block'    mean_t |block'(x'_t) - block(x_t)|^2 / |block(x_t)|^2
@@ -41,26 +40,18 @@ class BlockRefinement(Refinement):
     """
 
     epochs: int = 6
-    learning_rate: float = 1e-3
-    warmup_ratio: float = 0.1
-    max_grad_norm: float = 1.0
+    blockwise: ClassVar[bool] = True
 
-    def __post_init__(self):
-        if not is_integer(self.epochs, 0):
-            raise ConfigError(f"`epochs`={self.epochs!r} of blocks must be an integer of at least 0.")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"`{name}`={getattr(self, name)!r} of blocks must be above 0.")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"`warmup_ratio`={self.warmup_ratio!r} of blocks must be in [0, 1).")
-
-    def refine(self, model, sites, replace, batches, seed, folder=None, progress=None):
-        names = block_names(model, [site.name for site in sites])
-        if not names:
+    def check(self, model, sites, batches):
+        if not block_names(model, [site.name for site in sites]):
             raise ConfigError(
                 "`refine`='blocks' needs repeated blocks (an nn.ModuleList of layers) that hold factorized weights, "
                 f"and {type(model).__name__} has none; leave `refine` unset."
             )
+
+    def refine(self, model, sites, replace, batches, seed, folder=None, progress=None, teacher=None):
+        self.check(model, sites, batches)
+        names = block_names(model, [site.name for site in sites])
         inside = {name: [site for site in sites if site.name.startswith(f"{name}.")] for name in names}
 
         def runs():
@@ -98,55 +89,36 @@ class BlockRefinement(Refinement):
         # Everything that decides what training gives: nothing else may be taken for its result.
         mark = digest_of_batches([asdict(self) | {"seed": seed}, block.state_dict(), *_numbered(inputs, targets)])
         if name in parts:
-            _restore(block, parts, name, mark)
+            with torch.no_grad():
+                block.load_state_dict(read_part(parts, name, mark)[0])
             return
         self._train(block, name, calls, inputs, targets, masks, seed)
-        parts.write(name, block.state_dict(), mark)
+        parts.write(name, block.state_dict(), {"mark": mark})
 
     def _train(self, block, name, calls, inputs, targets, masks, seed):
         parameters = [p for p in block.parameters() if p.is_floating_point()]
-        before = [(p, p.dtype, p.requires_grad) for p in parameters]
         buffers = {key: buffer.dtype for key, buffer in block.named_buffers()}
-        training = [module for module in block.modules() if module.training]
         generator = torch.Generator().manual_seed(seed)
-        total = self.epochs * len(inputs)
-        block.eval().float()
-        for p in parameters:
-            p.requires_grad_(True)
-        try:
-            optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
-            for _ in range(self.epochs):
-                for index in torch.randperm(len(inputs), generator=generator).tolist():
-                    call, hidden = in_dtype(calls[index], inputs[index], torch.float32)
-                    loss = _relative_error(call(block, hidden), targets[index], masks[index])
-                    if not torch.isfinite(loss):
-                        raise NonFiniteError(
-                            f"The refinement of {name} diverges: its loss is {loss.item()}; lower `learning_rate`="
-                            f"{self.learning_rate:g}."
-                        )
-                    loss.backward()
-                    torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-        finally:
-            for p, dtype, flag in before:
-                p.grad = None
-                p.data = p.data.to(dtype)
-                p.requires_grad_(flag)
-            for key, dtype in buffers.items():
-                owner, _, leaf = key.rpartition(".")
-                module = block.get_submodule(owner)
-                module._buffers[leaf] = module._buffers[leaf].to(dtype)
-            for module in training:
-                module.training = True
-
-    def _rate(self, step, total):
-        warmup = math.ceil(self.warmup_ratio * total)
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        with in_training(block, parameters):
+            block.float()
+            optimizer, schedule = self.optimizer(parameters, self.epochs * len(inputs))
+            try:
+                for _ in range(self.epochs):
+                    for index in torch.randperm(len(inputs), generator=generator).tolist():
+                        call, hidden = in_dtype(calls[index], inputs[index], torch.float32)
+                        loss = _relative_error(call(block, hidden), targets[index], masks[index])
+                        if not torch.isfinite(loss):
+                            raise NonFiniteError(
+                                f"The refinement of {name} diverges: its loss is {loss.item()}; lower `learning_rate`="
+                                f"{self.learning_rate:g}."
+                            )
+                        loss.backward()
+                        self.step(parameters, optimizer, schedule)
+            finally:
+                for key, dtype in buffers.items():
+                    owner, _, leaf = key.rpartition(".")
+                    module = block.get_submodule(owner)
+                    module._buffers[leaf] = module._buffers[leaf].to(dtype)
 
 
 def _relative_error(output, target, mask):
@@ -159,24 +131,9 @@ def _relative_error(output, target, mask):
 
 def _masks(batches, inputs):
     """For each batch the real tokens among the rows of the hidden state, or `None` where all are."""
-    found = []
-    for batch, hidden in zip(batches, inputs, strict=True):
-        masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
-        fitting = [m for m in masks if isinstance(m, torch.Tensor) and m.shape == hidden.shape[:-1]]
-        found.append(fitting[0].bool().to(hidden.device) if fitting else None)
-    return found
+    masks = [token_mask(batch, x.shape[:-1]) for batch, x in zip(batches, inputs, strict=True)]
+    return [None if m is None else m.to(x.device) for m, x in zip(masks, inputs, strict=True)]
 
 
 def _numbered(*lists):
     return [{str(index): tensor for index, tensor in enumerate(tensors)} for tensors in lists]
-
-
-def _restore(block, parts, name, mark):
-    state, note = parts.read(name)
-    if note != mark:
-        raise CheckpointError(
-            f"{parts.path(name)} was written by another run (other data, options, or weights); name an empty folder, "
-            "or remove this one."
-        )
-    with torch.no_grad():
-        block.load_state_dict(state)

@@ -216,9 +216,9 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path):
     ("options", "message"),
     [
         ({"epochs": -1}, r"`epochs`=-1 of blocks must be an integer of at least 0"),
-        ({"learning_rate": 0}, r"`learning_rate`=0 of blocks must be above 0"),
-        ({"max_grad_norm": -1}, r"`max_grad_norm`=-1 of blocks must be above 0"),
-        ({"warmup_ratio": 1.0}, r"`warmup_ratio`=1.0 of blocks must be in \[0, 1\)"),
+        ({"learning_rate": 0}, r"`learning_rate`=0 of blocks must be a number above 0"),
+        ({"max_grad_norm": -1}, r"`max_grad_norm`=-1 of blocks must be a number above 0"),
+        ({"warmup_ratio": 1.0}, r"`warmup_ratio`=1.0 of blocks must be a number in \[0, 1\)"),
         ({"steps": 3}, r"refine 'blocks' has no option \['steps'\]"),
     ],
 )

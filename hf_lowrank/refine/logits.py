@@ -1,0 +1,151 @@
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+
+from ..errors import ConfigError, NonFiniteError
+from ..parts import Parts, digest_of_batches, digest_of_model
+from .base import Descent, in_eval, in_training, read_part, register_refinement, token_mask
+from .distillation import logit_loss
+
+
+EPOCH = "epoch-"
+# What AdamW keeps of a parameter, beside the number of steps.
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+@register_refinement("logits")
+@dataclass(frozen=True)
+class LogitRefinement(Descent):
+    r"""Train all factors together to predict what the dense model predicts.
+
+        min over all parameters inside blocks    mean_t KL(softmax(model(x)_t) || softmax(model'(x)_t))
+
+    Factors, and the biases and norms of their blocks, are trained, in float32 whatever they are stored in; a model in
+    half precision computes in its own. Beside the dense model this takes gradients and optimizer states of all of
+    them, the activations of a batch, and about six times its logits: `Calibration(batch_size=1)` makes that least. A
+    step is taken for every batch.
+
+    Args:
+        epochs (`int`, defaults to 3): passes over the calibration data, at least 0.
+        learning_rate (`float`, defaults to 3e-4): peak of the schedule (linear warm-up, then a cosine to zero), above
+            0.
+        warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
+        max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
+
+    Raises:
+        ConfigError: an option out of range; a model that gives no `logits`.
+        NonFiniteError: the loss becomes NaN or infinite.
+        CheckpointError: the folder holds finished epochs of another run.
+
+    Reference:
+        Hinton et al., "Distilling the knowledge in a neural network", 2015, https://arxiv.org/abs/1503.02531. Differs:
+        temperature 1 and no labels. To add those, hidden states, or more data, there is `DistillationTrainer`.
+    """
+
+    epochs: int = 3
+    learning_rate: float = 3e-4
+    predicts: ClassVar[bool] = True
+
+    def check(self, model, sites, batches):
+        if any(p.dtype == torch.float16 for p in model.parameters()):
+            raise ConfigError(
+                "`refine`='logits' trains through the whole model, where gradients in float16 vanish; load the model "
+                "in bfloat16 or float32."
+            )
+        with torch.no_grad(), in_eval(model):
+            outputs = model(**batches[0])
+        if not (isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), torch.Tensor)):
+            raise ConfigError(
+                f"`refine`='logits' compares predictions, and {type(model).__name__} gives no `logits`; refine a "
+                "model with its head, or choose `refine`='blocks'."
+            )
+
+    def refine(self, model, sites, replace, batches, seed, folder=None, progress=None, teacher=None):
+        with torch.no_grad():
+            for site in sites:
+                replace(site)
+        fixed = {id(p) for p in teacher.parameters()}
+        trained = {n: p for n, p in model.named_parameters() if id(p) not in fixed and p.is_floating_point()}
+        half = any(p.dtype == torch.bfloat16 for p in trained.values())
+        kept = _Kept(folder, trained, lambda: self._decisive(trained, teacher, batches, seed))
+        with in_training(model, trained.values()), in_eval(teacher):
+            done = kept.epochs()
+            optimizer, schedule = self.optimizer(trained.values(), self.epochs * len(batches), done * len(batches))
+            kept.restore(optimizer, done)
+            steps = self._steps(len(batches), seed)[done * len(batches) :]
+            for epoch, index, last in progress(steps) if progress else steps:
+                loss = _divergence(model, teacher, batches[index], half)
+                if not torch.isfinite(loss):
+                    raise NonFiniteError(
+                        f"The refinement of all blocks diverges: its loss is {loss.item()}; lower `learning_rate`="
+                        f"{self.learning_rate:g}."
+                    )
+                loss.backward()
+                self.step(trained.values(), optimizer, schedule)
+                if last:
+                    kept.write(optimizer, epoch + 1)
+
+    def _steps(self, count, seed):
+        """`(epoch, batch, whether it is the last of its epoch)` of every step."""
+        generator = torch.Generator().manual_seed(seed)
+        orders = [torch.randperm(count, generator=generator).tolist() for _ in range(self.epochs)]
+        return [(e, index, place == count) for e, order in enumerate(orders) for place, index in enumerate(order, 1)]
+
+    def _decisive(self, trained, teacher, batches, seed):
+        """A digest of everything that decides what training gives: nothing else may be taken for its result."""
+        own = digest_of_batches([asdict(self) | {"seed": seed}, dict(trained), *batches])
+        return f"{own} {digest_of_model(teacher)}"
+
+
+class _Kept:
+    """The last finished epoch, in a folder if there is one: parameters in float32, and what the optimizer knows."""
+
+    def __init__(self, folder, trained, decisive):
+        self.trained = trained
+        self.parts = None if folder is None else Parts(folder, {})
+        self.mark = None if folder is None else decisive()
+
+    def epochs(self):
+        """How many epochs are finished."""
+        numbers = [int(name.removeprefix(EPOCH)) for name in self._names()]
+        return max(numbers, default=0)
+
+    def _names(self):
+        return [] if self.parts is None else [name for name in self.parts.names() if name.startswith(EPOCH)]
+
+    def restore(self, optimizer, epoch):
+        """Take parameters and the state of `optimizer` from the end of that epoch; at 0, nothing."""
+        if epoch == 0:
+            return
+        tensors, note = read_part(self.parts, f"{EPOCH}{epoch}", self.mark)
+        for name, p in self.trained.items():
+            p.data.copy_(tensors[name])
+            own = {state: tensors[f"{name}.{state}"].to(p.device) for state in STATES}
+            optimizer.state[p] = {"step": torch.tensor(float(note["steps"])), **own}
+
+    def write(self, optimizer, epoch):
+        """Keep that epoch, and no earlier one."""
+        if self.parts is None:
+            return
+        tensors = {}
+        for name, p in self.trained.items():
+            tensors[name] = p.detach()
+            tensors.update({f"{name}.{state}": optimizer.state[p][state] for state in STATES})
+        steps = int(next(iter(optimizer.state.values()))["step"])
+        earlier = self._names()
+        self.parts.write(f"{EPOCH}{epoch}", tensors, {"mark": self.mark, "steps": steps})
+        for name in earlier:
+            self.parts.remove(name)
+
+
+def _divergence(model, teacher, batch, half):
+    """The loss over the real tokens of a batch."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16) if half else nullcontext():
+        predicted = model(**batch)["logits"]
+    with torch.no_grad():
+        expected = teacher(**batch)["logits"]
+    return logit_loss(predicted, expected, token_mask(batch, predicted.shape[:-1]))
