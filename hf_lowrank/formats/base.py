@@ -182,6 +182,16 @@ class FormatLinear(FactorizedLayer):
         (left, right), rest = self.factors(), self.rest()
         return left @ right if rest is None else left @ right + rest
 
+    def check_integers(self, name):
+        """Refuse what a checkpoint cannot have meant: places of rows, columns or atoms that are none.
+
+        Args:
+            name (`str`): of this layer in its model, for the message.
+
+        Raises:
+            CheckpointError: the integers that this layer has read are not of its format.
+        """
+
     def replacement(self):
         """`(weight, bias)` of an ordinary layer of the replaced shape: the weight in its layout, pruned channels zero.
 

@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 from ..checks import is_integer
 from ..errors import DAMAGED, CheckpointError, RankError
 from ._lending import LendingLinear
+from ._places import check_mask, check_rising
 from ._row_supports import pack_supports, support_kind, unpack_mask
 from .base import as_parameter, check_rank, plain, register_format
 
@@ -170,6 +171,12 @@ class DenseSparseLinear(LendingLinear):
         kind = support_kind(rank, rank if nonzeros is None else nonzeros)
         numbers = _numbers(out_features, in_features, rank, nonzeros, blocks)
         return numbers * dtype_size + (0 if kind is None else out_features * kind[2] * kind[1].itemsize)
+
+    def check_integers(self, name):
+        if self.mask is not None:
+            check_mask(self.mask, self.rank, self.nonzeros, name)
+        if self.indices is not None:
+            check_rising(self.indices, self.rank, name)
 
     def dense_weight(self):
         dictionary = plain(self.basis).to(self.values.device)

@@ -5,6 +5,7 @@ from torch import nn
 
 from ..checks import is_integer
 from ..errors import DAMAGED, CheckpointError
+from ._places import check_order
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
 
@@ -145,6 +146,10 @@ class HybridRowsLinear(FormatLinear):
         free = 0 if lower_rank is None else rank - lower_rank
         order = out_features * torch.int32.itemsize if free and not rows_first else 0
         return _numbers(out_features, in_features, rank, free) * dtype_size + order
+
+    def check_integers(self, name):
+        if self.order is not None:
+            check_order(self.order, name)
 
     def dense_weight(self):
         left, right = plain(self.left), plain(self.right)

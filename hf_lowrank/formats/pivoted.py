@@ -3,6 +3,7 @@ from torch import nn
 
 from ..errors import DAMAGED, CheckpointError
 from ..linalg import row_basis
+from ._places import check_order
 from .base import FormatLinear, as_parameter, check_rank, plain, register_format, shape_of
 
 
@@ -116,6 +117,10 @@ class PivotedLinear(FormatLinear):
     def stored_bytes(cls, out_features, in_features, rank, dtype_size):
         order = out_features * torch.int32.itemsize
         return (cls.cost(out_features, in_features, rank) - out_features) * dtype_size + order
+
+    def check_integers(self, name):
+        if self.order is not None:
+            check_order(self.order, name)
 
     def dense_weight(self):
         basis = plain(self.basis)

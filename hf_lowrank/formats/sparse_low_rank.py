@@ -7,6 +7,7 @@ from torch.nn.functional import linear
 from ..checks import is_integer, is_number
 from ..errors import DAMAGED, CheckpointError, ConfigError
 from ..linalg import flat_places, sparse_matrix
+from ._places import check_rising
 from ._sparse_product import SparseLowRankProduct, merged
 from .base import FormatLinear, as_parameter, check_rank, register_format
 
@@ -137,6 +138,10 @@ class SparseLowRankLinear(FormatLinear):
     def stored_bytes(cls, out_features, in_features, rank, dtype_size, nonzeros=0, scaling=1.0):
         numbers = rank * (out_features + in_features) + nonzeros
         return numbers * dtype_size + nonzeros * torch.int32.itemsize
+
+    def check_integers(self, name):
+        if self.indices is not None:
+            check_rising(self.indices, self.out_features * self.in_features, name)
 
     def dense_weight(self):
         left, right = self.left, self.right

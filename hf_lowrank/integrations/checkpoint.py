@@ -1,4 +1,4 @@
-"""What a checkpoint holds, read from file headers: no weight is touched."""
+"""What a checkpoint holds: keys and shapes from file headers, before a weight is read; integers after."""
 
 import copy
 import functools
@@ -10,6 +10,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.modeling_utils import load_state_dict
 
 from ..errors import CheckpointError
+from ..formats import FormatLinear
 from ..surgery import factorized
 
 
@@ -157,6 +158,20 @@ def check_complete(model, dense_sites, shapes, packed=False):
             f"layers are factorized in the weights only, {len(surplus)} tensors are of no factor, {len(differing)} "
             "have another shape). Download or save it again."
         )
+
+
+def check_integers(model):
+    """Refuse a checkpoint whose integers no factorized layer can hold.
+
+    Args:
+        model (`PreTrainedModel`): loaded; what is kept on disk is not looked at.
+
+    Raises:
+        CheckpointError: an order that is no permutation, places that do not exist.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FormatLinear) and not any(buffer.is_meta for buffer in module.buffers()):
+            module.check_integers(name)
 
 
 def _belongs(name, site):

@@ -14,7 +14,7 @@ from ..errors import CalibrationError, CheckpointError, ResourceError
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
 from ..surgery import all_sites, lend_bases, specs
-from .checkpoint import check_complete, parameter_shapes, stored_keys
+from .checkpoint import check_complete, check_integers, parameter_shapes, stored_keys
 from .composite import CompositeQuantizer
 from .config import QUANT_METHOD
 from .densify import detach, multiply_out, refuse_adapters
@@ -207,6 +207,8 @@ class LowRankQuantizer(CompositeQuantizer):
                 f"The checkpoint is damaged: {missing[0]} was not read, and {len(weights)} weights wait to be "
                 "factorized with it. Download or save it again, or leave it out with `exclude_modules`."
             )
+        if self.restores:
+            check_integers(model)
         if not self.session.measuring:
             self.session.statistics = None
         if self.progress is not None:

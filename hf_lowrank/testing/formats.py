@@ -8,7 +8,7 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..errors import ComputedWeightError
+from ..errors import CheckpointError, ComputedWeightError
 from ..formats import FORMATS
 from ..methods import Factors
 from .matrices import make_weight
@@ -23,7 +23,7 @@ def check_format(format, rows=24, columns=40, rank=8, make=None):
     `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
     `cost`, `stored_bytes` and `tensors` are what is stored, integers included; the lowest and the full rank work;
     casts work; `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows`
-    and `input_columns` are just that.
+    and `input_columns` are just that; integers that cannot be meant are refused.
     """
     assert FORMATS[format.name] is format
     make = make or _factors
@@ -36,6 +36,7 @@ def check_format(format, rows=24, columns=40, rank=8, make=None):
             _check_round_trip(format, layer, bias is not None, transposed)
             _check_weight(layer, transposed)
             _check_channels(layer)
+            _check_damage(layer)
     assert len(layer.state_dict()) <= format.tensors
     stored = sum(tensor.numel() for tensor in layer.state_dict().values())
     assert stored == format.cost(rows, columns, rank, **factors.layout)
@@ -95,6 +96,23 @@ def _check_round_trip(format, layer, bias, transposed):
     # Kernels may sum in an order that depends on the address of the tensors.
     torch.testing.assert_close(again(x), layer(x), rtol=1e-13, atol=1e-14)
     assert (layer.bias is None) == (not bias)
+
+
+def _check_damage(layer):
+    """Integers that cannot be meant are noticed, and those that are meant are not."""
+    layer.check_integers("a.layer")
+    for name, tensor in layer.state_dict().items():
+        if tensor.is_floating_point():
+            continue
+        meant = tensor.clone()
+        tensor.fill_(torch.iinfo(tensor.dtype).max)
+        try:
+            layer.check_integers("a.layer")
+        except CheckpointError as error:
+            assert f"`{name}` of a.layer" in str(error)
+        else:
+            raise AssertionError(f"{layer.name} takes any `{name}`.")
+        tensor.copy_(meant)
 
 
 def _check_channels(layer):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertForSequenceClassification
 
 import hf_lowrank
-from hf_lowrank import LowRankConfig
+from hf_lowrank import CheckpointError, LowRankConfig
 from hf_lowrank.testing import tiny_model
 
 
@@ -168,6 +168,22 @@ def test_damaged_config(llama, tmp_path, edit, message):
     edit(config["quantization_config"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(hf_lowrank.LowRankError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["kfac_svd", "compot", "sparse_low_rank", "hybrid"])
+def test_damaged_integers_are_named(method, tmp_path):
+    model, inputs = tiny_model("llama")
+    hf_lowrank.factorize(model, LowRankConfig(method=method, param_ratio=0.6), calibration=[inputs()])
+    model.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if not tensor.is_floating_point())
+    tensors[name] = tensors[name].clone().fill_(3)
+    save_file(tensors, path, {"format": "pt"})
+    layer, _, leaf = name.rpartition(".")
+    with pytest.raises(CheckpointError, match=f"`{leaf}` of {layer} .* may be damaged: download or save it again"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
