@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from .allocation import ALLOCATORS
-from .checks import is_integer, is_number
+from .checks import check_integer, is_integer, is_number
 from .errors import ConfigError
 from .formats import FORMATS
 from .methods import METHODS
@@ -99,8 +99,8 @@ class Recipe:
         self._check_budget()
         self._check_start()
         self._check_patterns()
-        if not is_integer(self.rank_multiple, 1):
-            raise ConfigError(f"`rank_multiple`={self.rank_multiple!r} must be an integer of at least 1.")
+        check_integer("rank_multiple", self.rank_multiple, 1)
+        check_integer("seed", self.seed, 0)
         if self.compute_device is not None:
             try:
                 device = torch.empty(0, device=self.compute_device).device
@@ -110,8 +110,6 @@ class Recipe:
                 raise ConfigError("`compute_device`='meta' computes nothing; give one that does, such as 'cpu'.")
             # A torch.device is no JSON, which the recipe of a checkpoint is.
             self.compute_device = str(self.compute_device)
-        if not is_integer(self.seed, 0):
-            raise ConfigError(f"`seed`={self.seed!r} must be an integer of at least 0.")
 
     def _check_budget(self):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
@@ -127,9 +125,8 @@ class Recipe:
             if value is not None and not (is_number(value) and 0 < value <= 1):
                 raise ConfigError(f"`{name}`={value!r} must be in (0, 1]: {meaning}.")
         for name in ("target_params", "target_bytes", "rank"):
-            value = getattr(self, name)
-            if value is not None and not is_integer(value, 1):
-                raise ConfigError(f"`{name}`={value!r} must be an integer of at least 1.")
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
         for name in ("target_params", "target_bytes"):
             if self.allocation.cost == "latency" and getattr(self, name) is not None:
                 raise ConfigError(

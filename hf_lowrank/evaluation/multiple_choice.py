@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ConfigError, EvaluationError
+from ..checks import check_choice, check_integer
+from ..errors import EvaluationError
 from ..integrations.data import read_rows
 from .inference import mean_and_error
 from .likelihood import loglikelihoods
@@ -48,10 +49,9 @@ class MultipleChoiceTask:
     convert: Callable | None = field(default=None, repr=False)
 
     def __post_init__(self):
-        if self.metric not in METRICS:
-            raise ConfigError(f"`metric`={self.metric!r} of MultipleChoiceTask must be one of {list(METRICS)}.")
-        if self.limit is not None and (not isinstance(self.limit, int) or self.limit < 1):
-            raise ConfigError(f"`limit`={self.limit!r} of MultipleChoiceTask must be an integer of at least 1.")
+        check_choice("metric", self.metric, METRICS, "MultipleChoiceTask")
+        if self.limit is not None:
+            check_integer("limit", self.limit, 1, "MultipleChoiceTask")
 
     def items(self):
         """`(items, provenance)`: the items, and JSON that says where they are from.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checks import is_integer
+from ..checks import check_integer
 from ..errors import ConfigError, EvaluationError, NonFiniteError
 from ..integrations.data import read_texts
 from .inference import check_causal, inference, max_length, mean_and_error
@@ -190,10 +190,9 @@ def _begin(block, bos):
 
 
 def _check_sizes(window, max_windows):
-    for name, value, least in (("window", window, 2), ("max_windows", max_windows, 1)):
-        optional = name == "max_windows" and value is None
-        if not optional and not is_integer(value, least):
-            raise ConfigError(f"`{name}`={value!r} must be an integer of at least {least}.")
+    check_integer("window", window, 2)
+    if max_windows is not None:
+        check_integer("max_windows", max_windows, 1)
 
 
 def _are_ids(data):

@@ -9,7 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..checks import is_integer
+from ..checks import check_choice, check_integer
 from ..errors import ConfigError
 
 
@@ -68,10 +68,8 @@ class LamaConfig(PreTrainedConfig):
 
 def check_pooler(num_heads, context):
     """Refuse what is no number of heads, or no context."""
-    if not is_integer(num_heads, 1):
-        raise ConfigError(f"`num_heads`={num_heads!r} of LAMA must be an integer of at least 1.")
-    if context not in CONTEXTS:
-        raise ConfigError(f"`context`={context!r} of LAMA must be one of {list(CONTEXTS)}.")
+    check_integer("num_heads", num_heads, 1, "LAMA")
+    check_choice("context", context, CONTEXTS, "LAMA")
 
 
 def check_mask(mask):

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..checks import check_boolean, check_integer, check_number
+from ..checks import check_boolean, check_choice, check_integer, check_number
 from ..errors import ConfigError, TargetError
 from ..linalg import largest
 from ..statistics import Statistics
@@ -79,9 +79,8 @@ class FirstOrderPruningCallback(WeightCallback):
         target_modules="all-linear",
         exclude_modules=None,
     ):
-        for name, value, allowed in (("score", score, SCORES), ("scope", scope, SCOPES)):
-            if value not in allowed:
-                raise ConfigError(f"`{name}`={value!r} must be one of {list(allowed)}.")
+        check_choice("score", score, SCORES)
+        check_choice("scope", scope, SCOPES)
         check_number("keep_fraction", keep_fraction, 0, 1, open_low=True)
         check_number("initial_keep_fraction", initial_keep_fraction, keep_fraction, 1)
         check_number("warmup_fraction", warmup_fraction, 0, 1)

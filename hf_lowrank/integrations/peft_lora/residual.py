@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ...checks import is_integer
+from ...checks import check_integer
 from ...errors import CheckpointError, ConfigError, LowRankError, TargetError
 from ...formats import FormatLinear, is_packed, plain
 from ...linalg import balanced
@@ -54,8 +54,7 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         as quantized weights.
     """
     peft = require_peft("residual_adapter")
-    if not is_integer(rank, 1):
-        raise ConfigError(f"`rank`={rank!r} of residual_adapter must be an integer of at least 1.")
+    check_integer("rank", rank, 1, "residual_adapter")
     statistics = Statistics.load(statistics) if isinstance(statistics, (str, os.PathLike)) else statistics
     method = METHODS.build(method or ("svd" if statistics is None else "whitened_svd"))
     if method.initialises:

@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+from ...checks import check_boolean
 from ...errors import ConfigError
 from ...formats import LowRankLinear
 from ...methods import METHODS
@@ -66,8 +67,7 @@ class MixedRankConfig(TargetConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("train_full", "keep_zeros"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"`{name}`={getattr(self, name)!r} must be True or False.")
+            check_boolean(name, getattr(self, name))
         if self.r is not None:
             check_rank_option("`r`", self.r)
             if self.param_ratio is not None:
