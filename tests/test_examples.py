@@ -379,6 +379,21 @@ def test_the_map_of_formats(tmp_path, capsys):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_no_other_variant_beats():
+    def run(error, size):
+        return {"attention.0": {"error": error, "bytes": size, "dense_bytes": 100}}
+
+    measured = {
+        "best where large": {"0.8": run(0.1, 80), "0.6": run(0.4, 60)},
+        "best where small": {"0.8": run(0.2, 80), "0.6": run(0.3, 60)},
+        "beaten": {"0.8": run(0.25, 80), "0.6": run(0.35, 60)},
+        # Smaller than all others at its second point, and beaten at the first.
+        "beaten, smaller": {"0.8": run(0.5, 77), "0.6": run(0.6, 58)},
+        "refused": {"0.8": {"refused": "no"}},
+    }
+    assert formats_map.front(measured, "attention") == ["best where large", "best where small"]
+
+
 def test_dictionaries_are_compared_at_equal_numbers_and_go_on(tmp_path, capsys):
     path, ratio, variants = tmp_path / "results.json", "0.8", dictionaries.VARIANTS
     task = dictionaries.Tiny(tmp_path / "model")

@@ -306,7 +306,7 @@ def measure_models(task, path, ratio, chosen):
 
 
 def front(measured, sort):
-    """Variants of which no other has, for each of their points, one of no more bytes and a lower error."""
+    """Variants of which no other has a lower error in no more bytes, at each of their points that it reaches."""
     curves = {
         variant: [_pooled(run)[sort] for run in ratios.values() if "refused" not in run]
         for variant, ratios in measured.items()
@@ -315,7 +315,9 @@ def front(measured, sort):
 
     def beats(points, own):
         # Ranks are whole numbers, so that sizes of one ratio differ a little.
-        return all(any(e < error and size <= 1.01 * bound for e, size in points) for error, bound in own)
+        smaller = [(error, [e for e, size in points if size <= 1.01 * bound]) for error, bound in own]
+        reached = [(error, found) for error, found in smaller if found]
+        return bool(reached) and all(min(found) < error for error, found in reached)
 
     return [v for v, own in curves.items() if own and not any(beats(c, own) for o, c in curves.items() if o != v)]
 
