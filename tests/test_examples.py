@@ -381,7 +381,8 @@ def test_the_map_of_formats(tmp_path, capsys):
 
 def test_what_no_other_variant_beats():
     def run(error, size):
-        return {"attention.0": {"error": error, "bytes": size, "dense_bytes": 100}}
+        cell = {"error": error, "bytes": size, "dense_bytes": 100}
+        return {"attention.0": cell, "mlp.0": cell}
 
     measured = {
         "best where large": {"0.8": run(0.1, 80), "0.6": run(0.4, 60)},
