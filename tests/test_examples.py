@@ -171,26 +171,27 @@ def test_the_method_table_is_complete():
         assert f"| `{name}` |" in text
 
 
-def result(variant, size, windows=2):
-    text = {"windows": windows, "window": 2048, "bos": False, "perplexity": 12.345}
+def result(variant, size, windows=2, perplexity=12.345):
+    text = {"windows": windows, "window": 2048, "bos": False, "perplexity": perplexity}
     task = {"items": 8, "metric": "acc_norm", "acc_norm": 0.5, "acc_norm_stderr": 0.19}
     evaluation = {
         "perplexity": {"wikitext2": text, "other": {**text, "perplexity": 2e6}}, "multiple_choice": {"piqa": task},
         "mean_accuracy": 0.5, "size": {"bytes": size << 20, "linear_bytes": size << 19}, "data": {},
     }  # fmt: skip
-    return {"variant": variant, "base": "a model", "evaluation": evaluation}
+    seconds = {"load": 100, "calibration": 3.2, "factorize": 1.3}
+    return {"variant": variant, "base": "a model", "seconds": seconds, "evaluation": evaluation}
 
 
 def test_the_table_of_results(tmp_path):
-    for name, size in (("small", 10), ("dense", 20)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result(name, size)))
+    for name, size, perplexity in (("small", 10, 24.69), ("dense", 20, 12.345)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(name, size, perplexity=perplexity)))
     lines = table.render(table.read(tmp_path)).splitlines()
     assert "quality.py --window 2048 --windows 2 --limit 8`" in lines[0]
     assert "2 x 2048 tokens" in lines[0]
     assert "8 items a task (piqa acc_norm; one standard error up to 0.190)" in lines[0]
     assert lines[-2:] == [
-        "| `dense` | 20.0 | 10.0 | 12.35 | 2.0e+06 | 0.500 | 0.500 |",
-        "| `small` | 10.0 | 5.0 | 12.35 | 2.0e+06 | 0.500 | 0.500 |",
+        "| `dense` | 20.0 | 10.0 | 12.35 | 2.0e+06 | 0.500 | 0.500 | 4 |",
+        "| `small` | 10.0 | 5.0 | 24.69 (2.000x) | 2.0e+06 | 0.500 | 0.500 | 4 |",
     ]
     (tmp_path / "small.json").write_text(json.dumps(result("small", 10, windows=3)))
     with pytest.raises(SystemExit, match="small and dense were measured on different .* --again --variants NAME"):
@@ -372,6 +373,8 @@ def test_the_map_of_formats(tmp_path, capsys):
         errors = {variant: measured[variant]["0.8"][label]["error"] for variant in ("svd", "whitened_svd", "compot")}
         assert errors["compot"] < errors["whitened_svd"] < errors["svd"]
     assert set(found["models"]) == {"dense", "whitened_svd"}
+    assert found["models"]["dense"]["kept"] == 1
+    assert 0.7 < found["models"]["whitened_svd"]["kept"] <= 0.8
     capsys.readouterr()
     formats_map.show(found)
     assert "compot" in re.search("attention: not dominated are (.*)", capsys.readouterr().out)[1]

@@ -38,7 +38,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 from benchmarks import runs, setups
 from benchmarks.adapters import DATA
 from benchmarks.quality import GROUP, texts, timed
-from hf_lowrank import METHODS, Calibration, LowRankConfig, collect_statistics, evaluation, factorize, summary
+from hf_lowrank import METHODS, Calibration, LowRankConfig, collect_statistics, evaluation, factorize
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation import perplexity
 from hf_lowrank.formats import plain
@@ -281,6 +281,7 @@ def measure_models(task, path, ratio, chosen):
     models = found.setdefault("models", {})
     calibrated = [v for v in chosen if config_of(v, task).needs_statistics]
     missing = [v for v in ("dense", *calibrated) if v not in models]
+    whole = evaluation.size_of(task.load().to(torch.bfloat16)).linear_bytes
     collected, ids = Collected(task, "all-linear"), task.held_out()
     for variant in missing:
         model, seconds = task.load(), 0.0
@@ -293,8 +294,8 @@ def measure_models(task, path, ratio, chosen):
             models[variant] = {"refused": str(refusal)}
         else:
             model = model.to(torch.bfloat16)
-            rows = summary(model).rows
-            kept = sum(r.bytes for r in rows) / sum(r.dense_bytes for r in rows) if rows else 1.0
+            # Layers that an allocation leaves dense are part of the budget too.
+            kept = evaluation.size_of(model).linear_bytes / whole
             value = perplexity(model.float(), ids, task.window, task.windows).perplexity
             models[variant] = {"perplexity": value, "kept": kept, "seconds": seconds, "ratio": ratio}
         found["environment"], found["command"] = evaluation.environment(), command()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "quality"
+DENSE = "dense"
 COMMAND = "PYTHONPATH=examples python examples/benchmarks/quality.py"
 
 
@@ -41,7 +42,8 @@ def render(results):
         return f"Not measured yet: `{COMMAND}`.\n"
     first = results[0]["evaluation"]
     texts, tasks = list(first["perplexity"]), list(first["multiple_choice"])
-    head = ["", "MiB", "MiB of linears", *texts, *tasks, "mean"]
+    head = ["", "MiB", "MiB of linears", *texts, *tasks, "mean", "seconds"]
+    dense = next((r["evaluation"]["perplexity"] for r in results if r["variant"] == DENSE), None)
     lines = [head, ["---", *["--:"] * (len(head) - 1)]]
     for result in results:
         evaluation = result["evaluation"]
@@ -51,18 +53,24 @@ def render(results):
             [
                 f"`{result['variant']}`",
                 *(f"{size / 2**20:.1f}" for size in sizes),
-                *(number(evaluation["perplexity"][name]["perplexity"]) for name in texts),
+                *(cell(evaluation["perplexity"][name], dense and dense[name]) for name in texts),
                 *(f"{accuracy[accuracy['metric']]:.3f}" for accuracy in accuracies),
                 f"{evaluation['mean_accuracy']:.3f}" if accuracies else "",
+                f"{sum(seconds for step, seconds in result['seconds'].items() if step != 'load'):.0f}",
             ]
         )
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{caption(results[0])}\n\n{table}\n"
 
 
-def number(perplexity):
-    """Two decimals where they mean something."""
-    return f"{perplexity:.2f}" if perplexity < 1000 else f"{perplexity:.1e}"
+def cell(text, dense):
+    """The perplexity of a text, two decimals where they mean something, and how many times that of `dense` it is."""
+    perplexity = text["perplexity"]
+    if perplexity >= 1000:
+        return f"{perplexity:.1e}"
+    if dense is None or dense is text:
+        return f"{perplexity:.2f}"
+    return f"{perplexity:.2f} ({perplexity / dense['perplexity']:.3f}x)"
 
 
 def caption(result):
@@ -88,7 +96,10 @@ def caption(result):
         parts.append(
             f"zero-shot accuracy over {counts} items a task ({metrics}; one standard error up to {max(errors):.3f})"
         )
-    return "; ".join(parts) + ". Bytes as stored, scales included."
+    return (
+        "; ".join(parts) + ". Bytes as stored, scales included. Seconds of one run, of calibration (sampling "
+        "included), factorization, refinement and quantization, on cores that did other work too: an upper bound."
+    )
 
 
 def into_readme(text, block, name="results"):
