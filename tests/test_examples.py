@@ -374,7 +374,7 @@ def test_the_map_of_formats(tmp_path, capsys):
         assert errors["compot"] < errors["whitened_svd"] < errors["svd"]
     assert set(found["models"]) == {"dense", "whitened_svd"}
     assert found["models"]["dense"]["kept"] == 1
-    assert 0.7 < found["models"]["whitened_svd"]["kept"] <= 0.8
+    assert 0.6 < found["models"]["whitened_svd"]["kept"] <= 0.8
     capsys.readouterr()
     formats_map.show(found)
     assert "compot" in re.search("attention: not dominated are (.*)", capsys.readouterr().out)[1]
