@@ -382,6 +382,13 @@ def test_the_map_of_formats(tmp_path, capsys):
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_map_in_the_docs_is_that_of_the_results():
+    written = formats_map.DOCS.read_text(encoding="utf-8")
+    found = json.loads(formats_map.RESULTS.read_text(encoding="utf-8"))
+    again = table.into_readme(written, formats_map.table(found), "map")
+    assert again == written, "run examples/benchmarks/formats_map.py --docs"
+
+
 def test_what_no_other_variant_beats():
     def run(error, size):
         cell = {"error": error, "bytes": size, "dense_bytes": 100}

@@ -1,7 +1,7 @@
 """The map of formats: error over stored bytes, every method on the same real matrices.
 
     PYTHONPATH=examples python examples/benchmarks/formats_map.py [--data DIR] [--ratios 0.9 0.8 0.6 0.4]
-        [--variants NAME ...] [--end-to-end] [--draw] [--smoke]
+        [--variants NAME ...] [--end-to-end] [--draw] [--docs] [--smoke]
 
 Matrices are queries, keys and values, and the last MLP matrix, of an early, a middle and a late block of SmolLM2-135M
 and of MiniLM. Methods get 64 x 256 tokens of `calib_wikipedia/train.jsonl` where they ask for data; on as many of
@@ -17,7 +17,8 @@ by torchao stand beside them. What a method refuses leaves its reason in the fil
 that is its default, and measures perplexity on `wikitext2` over 8 windows of 1024 tokens, in float32.
 
 Writes results/formats_map.json after every number, goes on where it was stopped, and draws results/formats_map.png;
-`--draw` only draws. `--smoke` takes a tiny random model and leaves nothing.
+`--draw` only draws, `--docs` also puts the table into docs/formats-map.md. `--smoke` takes a tiny random model and
+leaves nothing.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 from benchmarks import runs, setups
 from benchmarks.adapters import DATA
 from benchmarks.quality import GROUP, texts, timed
+from benchmarks.table import into_readme
 from hf_lowrank import METHODS, Calibration, LowRankConfig, collect_statistics, evaluation, factorize
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation import perplexity
@@ -48,6 +50,7 @@ from hf_lowrank.surgery import factorized
 
 
 RESULTS = Path(__file__).parent / "results" / "formats_map.json"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "formats-map.md"
 # Beside every method by itself. K-SVD takes minutes a matrix, and least squares with few sweeps comes close to it
 # (`dictionaries.py`); the scores of `lpaf` are what training leaves.
 VARIANTS = {
@@ -340,6 +343,40 @@ def show(found):
         print(f"{variant:<22} {cells}")
 
 
+def table(found):
+    """Lines of Markdown: errors at each ratio, the lowest of the first model first, and perplexities."""
+    models, names = found.get("models", {}), list(found["runs"])
+    ratios = sorted({r for m in found["runs"].values() for v, runs_of in m.items() if v not in BITS for r in runs_of})
+    ratios.reverse()
+    columns = [(name, sort) for name in names for sort in SORTS]
+    head = ["", *(f"{name.split()[0]}, {sort}" for name, sort in columns), "perplexity"]
+    lines = [head, ["---", *["--:"] * (len(head) - 1)]]
+    chosen = {variant for measured in found["runs"].values() for variant in measured}
+
+    def errors(variant, name, sort):
+        measured = found["runs"][name].get(variant, {})
+        kept = [measured.get(ratio) for ratio in (["bits"] if variant in BITS else ratios)]
+        return [_pooled(run)[sort][0] if run and "refused" not in run else None for run in kept]
+
+    def first(variant):
+        found = [errors(variant, names[0], sort)[0] for sort in SORTS]
+        return math.inf if None in found else sum(found)
+
+    for variant in sorted(chosen, key=lambda variant: (first(variant), variant)):
+        cells = (" / ".join("-" if e is None else f"{e:.3f}" for e in errors(variant, *column)) for column in columns)
+        lines.append([f"`{variant}`", *cells, _perplexity(models.get(variant, {}))])
+    caption = f"At {' / '.join(ratios)} of the bytes; `int8` keeps 0.50 and `int4` 0.28."
+    if "dense" in models:
+        caption += f" Perplexity of the whole {names[0].split()[0]} at 0.8, {models['dense']['perplexity']:.1f} dense."
+    return caption + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _perplexity(made):
+    if "perplexity" not in made:
+        return made.get("refused", "") and "refused"
+    return f"{made['perplexity']:.1f}" if made["perplexity"] < 1000 else f"{made['perplexity']:.1e}"
+
+
 def draw(found, path):
     """Error over bytes, a panel a sort and block, a row a model and sort."""
     from matplotlib.figure import Figure
@@ -357,7 +394,8 @@ def draw(found, path):
                 style = styles.get(variant, {"color": "black", "marker": "*"})
                 if curve:
                     axes.plot(*zip(*curve, strict=True), label=variant, linewidth=1, **{"marker": ".", **style})
-            axes.set(title=f"{name.split()[0]}, {sort}, block {block}", xlabel="bytes of bfloat16 kept", yscale="log")
+            axes.set_title(f"{name.split()[0]}, {sort}, block {block}", fontsize=9)
+            axes.set(xlabel="bytes of bfloat16 kept", yscale="log")
     panels[0][0].set_ylabel("error of outputs")
     handles = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
@@ -378,6 +416,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=variants(), choices=variants(), metavar="NAME")
     parser.add_argument("--end-to-end", action="store_true")
     parser.add_argument("--draw", action="store_true")
+    parser.add_argument("--docs", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true")
     asked = parser.parse_args()
@@ -385,7 +424,7 @@ def main():
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "smoke.json" if asked.smoke else asked.output
-        if asked.draw:
+        if asked.draw or asked.docs:
             found = json.loads(path.read_text())
         else:
             tasks = [Tiny(folder)] if asked.smoke else [Decoder(asked.data), Encoder(asked.data)]
@@ -395,6 +434,8 @@ def main():
                 found = measure_models(tasks[0], path, 0.8, asked.variants)
         show(found)
         draw(found, path.with_suffix(".png"))
+        if asked.docs:
+            DOCS.write_text(into_readme(DOCS.read_text(encoding="utf-8"), table(found), "map"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ class TensorTrain(Measured):
 
         d_k = min(r, full_k),    full_k = min(prod_{l <= k} i_l j_l, prod_{l > k} i_l j_l)
 
-    At full bonds the central core alone has as many numbers as the weight: only truncation compresses, and the error
-    of single weights is usually above that of two factors of the same size. What the chain offers is light
-    fine-tuning, of all cores but the central one: `train_only(model, "auxiliary")`.
+    At full bonds the central core alone has as many numbers as the weight: only truncation compresses, and of the
+    weights that were measured (docs/formats-map.md) the error is above that of two factors of the same size. What the
+    chain offers is light fine-tuning, of all cores but the central one: `train_only(model, "auxiliary")`.
 
     Args:
         cores (`int`, defaults to 5): n, from 2 to 8, where no shapes are given.

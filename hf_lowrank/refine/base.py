@@ -136,7 +136,7 @@ def read_part(parts, name, mark):
         CheckpointError: another run has written it.
     """
     tensors, note = parts.read(name)
-    if note["mark"] != mark:
+    if not isinstance(note, dict) or note.get("mark") != mark:
         raise CheckpointError(
             f"{parts.path(name)} was written by another run (other data, options, or weights); name an empty folder, "
             "or remove this one."
