@@ -372,7 +372,7 @@ def test_the_map_of_formats(tmp_path, capsys):
     for label in ("attention.0", "attention.1", "mlp.0", "mlp.1"):
         errors = {variant: measured[variant]["0.8"][label]["error"] for variant in ("svd", "whitened_svd", "compot")}
         assert errors["compot"] < errors["whitened_svd"] < errors["svd"]
-    assert set(found["models"]) == {"dense", "whitened_svd"}
+    assert set(found["models"]) == {"dense", "svd", "whitened_svd"}
     assert found["models"]["dense"]["kept"] == 1
     assert 0.6 < found["models"]["whitened_svd"]["kept"] <= 0.8
     capsys.readouterr()

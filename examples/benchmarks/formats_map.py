@@ -13,8 +13,8 @@ summed over the matrices of one sort in one block, with the factors as bfloat16 
 the file. A variant is a method with its default format and options, or what `VARIANTS` says; weights in 8 and 4 bits
 by torchao stand beside them. What a method refuses leaves its reason in the file.
 
-`--end-to-end` factorizes every linear of the blocks of SmolLM2 at 0.8 by each calibrated variant, with the allocation
-that is its default, and measures perplexity on `wikitext2` over 8 windows of 1024 tokens, in float32.
+`--end-to-end` factorizes every linear of the blocks of SmolLM2 at 0.8 by each calibrated variant, and by `svd`, with
+the allocation that is its default, and measures perplexity on `wikitext2` over 8 windows of 1024 tokens, in float32.
 
 Writes results/formats_map.json after every number, goes on where it was stopped, and draws results/formats_map.png;
 `--draw` only draws, `--docs` also puts the table into docs/formats-map.md. `--smoke` takes a tiny random model and
@@ -282,7 +282,7 @@ def measure_models(task, path, ratio, chosen):
     """Fill in the perplexities that `path` lacks."""
     found = json.loads(path.read_text())
     models = found.setdefault("models", {})
-    calibrated = [v for v in chosen if config_of(v, task).needs_statistics]
+    calibrated = [v for v in chosen if v == "svd" or config_of(v, task).needs_statistics]
     missing = [v for v in ("dense", *calibrated) if v not in models]
     whole = evaluation.size_of(task.load().to(torch.bfloat16)).linear_bytes
     collected, ids = Collected(task, "all-linear"), task.held_out()
