@@ -29,8 +29,9 @@ class LogitRefinement(Descent):
     step is taken for every batch.
 
     Args:
-        epochs (`int`, defaults to 3): passes over the calibration data, at least 0.
-        learning_rate (`float`, defaults to 3e-4): peak of the schedule (linear warm-up, then a cosine to zero), above
+        epochs (`int`, defaults to 1): passes over the calibration data, at least 0. So many parameters learn little
+            data by heart: more epochs need more of it.
+        learning_rate (`float`, defaults to 1e-4): peak of the schedule (linear warm-up, then a cosine to zero), above
             0.
         warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
         max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
@@ -45,8 +46,8 @@ class LogitRefinement(Descent):
         temperature 1 and no labels. To add those, hidden states, or more data, there is `DistillationTrainer`.
     """
 
-    epochs: int = 3
-    learning_rate: float = 3e-4
+    epochs: int = 1
+    learning_rate: float = 1e-4
     predicts: ClassVar[bool] = True
 
     def check(self, model, sites, batches):

@@ -148,7 +148,7 @@ def test_from_pretrained_refines_saves_and_reloads(tmp_path):
 def run(folder, batches, **options):
     """The parameters of a refined model."""
     model = tiny_model("llama")[0]
-    config = LowRankConfig(**OPTIONS, refine={"name": "logits", **options})
+    config = LowRankConfig(**OPTIONS, refine={"name": "logits", "epochs": 3, **options})
     return factorize(model, config, calibration=Calibration(batches, folder=folder)).state_dict()
 
 
