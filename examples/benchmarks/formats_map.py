@@ -39,7 +39,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, logging
 from benchmarks import runs, setups
 from benchmarks.adapters import DATA
 from benchmarks.quality import GROUP, texts, timed
-from benchmarks.table import into_readme
+from benchmarks.table import cell, into_readme
 from hf_lowrank import METHODS, Calibration, LowRankConfig, collect_statistics, evaluation, factorize
 from hf_lowrank.errors import LowRankError
 from hf_lowrank.evaluation import perplexity
@@ -345,7 +345,8 @@ def show(found):
 
 def table(found):
     """Lines of Markdown: errors at each ratio, the lowest of the first model first, and perplexities."""
-    models, names = found.get("models", {}), list(found["runs"])
+    models = {variant: made for variant, made in found.get("models", {}).items() if "refused" not in made}
+    names = list(found["runs"])
     ratios = sorted({r for m in found["runs"].values() for v, runs_of in m.items() if v not in BITS for r in runs_of})
     ratios.reverse()
     columns = [(name, sort) for name in names for sort in SORTS]
@@ -364,17 +365,11 @@ def table(found):
 
     for variant in sorted(chosen, key=lambda variant: (first(variant), variant)):
         cells = (" / ".join("-" if e is None else f"{e:.3f}" for e in errors(variant, *column)) for column in columns)
-        lines.append([f"`{variant}`", *cells, _perplexity(models.get(variant, {}))])
+        lines.append([f"`{variant}`", *cells, cell(models[variant], None) if variant in models else ""])
     caption = f"At {' / '.join(ratios)} of the bytes; `int8` keeps 0.50 and `int4` 0.28."
     if "dense" in models:
         caption += f" Perplexity of the whole {names[0].split()[0]} at 0.8, {models['dense']['perplexity']:.1f} dense."
     return caption + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _perplexity(made):
-    if "perplexity" not in made:
-        return made.get("refused", "") and "refused"
-    return f"{made['perplexity']:.1f}" if made["perplexity"] < 1000 else f"{made['perplexity']:.1e}"
 
 
 def draw(found, path):

@@ -177,6 +177,9 @@ def parse(name):
         return None
     method, ratio, *calibration = first.split("-")
     sources = {"self": "self", "wikipedia": "calib_wikipedia/train.jsonl"}
+    if len(calibration) > 1 or not set(calibration) <= set(sources):
+        # Else the name of a row that `--config` made would make another one.
+        raise SystemExit(f"{name} is no <method>-<param_ratio>[-<calibration>]; give its options: --config NAME=JSON")
     config = {"method": method, "param_ratio": float(ratio)}
     if calibration:
         config["calibration"] = sources[calibration[0]]
