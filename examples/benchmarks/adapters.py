@@ -96,6 +96,10 @@ class Sentences(Classification):
         """The model that is trained; its classifier is new."""
         return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
 
+    def before(self, folder):
+        """Nothing: the classifier has not been trained."""
+        return {}
+
 
 class Language:
     """Recovery of a language model on Wikipedia text."""
@@ -130,6 +134,10 @@ class Language:
         """The model that mixed rank starts from."""
         return self.load(self.where)
 
+    def before(self, folder):
+        """`{name: score}` of the models that are not trained."""
+        return {"dense": self.score(self.dense()), "factorized": self.score(self.load(folder))}
+
     def score(self, model):
         """Perplexity of 8 windows of held-out paragraphs."""
         return evaluation.perplexity(model.eval(), self.validation, window=512, max_windows=8).perplexity
@@ -163,6 +171,7 @@ def measure(name, ratio, adapters, seeds, steps, data):
         folder = Path(scratch) / "factorized"
         set_seed(0)
         task.factorized(ratio, folder)
+        found["before"] = task.before(folder)
         for seed, adapter in wanted:
             run = one_run(task, folder, ratio, adapter, seed, steps, scratch)
             found["runs"].setdefault(adapter, {})[str(seed)] = run
@@ -177,6 +186,11 @@ def table(folder=RESULTS):
     lines.append("|---|--:|---|--:|--:|--:|--:|--:|")
     for path in sorted(Path(folder).glob("*.json")):
         found = json.loads(path.read_text())
+        for name, score in found.get("before", {}).items():
+            kept = "1" if name == "dense" else f"{found['ratio']:g}"
+            lines.append(
+                f"| {found['task']} ({found['metric']}) | {kept} | {name}, not trained |  |  | {score:.4g} |  |  |"
+            )
         baseline = found["runs"].get("lora", {})
         for name, runs in found["runs"].items():
             seeds, mean, deviation, difference = cells(runs, baseline)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel
 from walks import batches_of
 
 from hf_lowrank import Calibration, CheckpointError, ConfigError, LowRankConfig, NonFiniteError, factorize, summary
@@ -79,30 +79,6 @@ def test_bfloat16_models_are_trained_in_float32_and_stay_bfloat16(options):
     assert after < 0.9 * before
 
 
-def test_no_epochs_change_nothing():
-    model, inputs = tiny_model("llama")
-    plain, batches = copy.deepcopy(model), batches_of(inputs)
-    factorize(plain, LowRankConfig(**OPTIONS), calibration=batches)
-    factorize(model, LowRankConfig(**OPTIONS, refine={"name": "logits", "epochs": 0}), calibration=batches)
-    for (name, one), other in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
-        assert torch.equal(one, other), name
-
-
-def test_only_the_blocks_change_and_flags_stay():
-    model, inputs = tiny_model("llama")
-    model.model.layers[0].input_layernorm.weight.requires_grad_(False)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.train()
-    factorize(model, LowRankConfig(**OPTIONS, refine="logits"), calibration=batches_of(inputs))
-    changed = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
-    assert changed
-    assert all(name.startswith("model.layers.") for name in changed)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == {"model.layers.0.input_layernorm.weight"}
-    assert all(p.grad is None for p in model.parameters())
-    assert all(module.training for module in model.modules())
-
-
 def test_dropout_is_no_part_of_it():
     states = []
     for training in (False, True):
@@ -114,35 +90,6 @@ def test_dropout_is_no_part_of_it():
         assert model.training == training
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
-
-
-def test_padding_is_not_trained_on():
-    model, _ = tiny_model("llama")
-    ids = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[:, 6:] = 0
-    states = []
-    for filler in (0, 50):
-        twin = copy.deepcopy(model)
-        batch = {"input_ids": ids.masked_fill(mask == 0, filler), "attention_mask": mask}
-        factorize(twin, LowRankConfig(**OPTIONS, refine="logits"), calibration=[batch])
-        states.append(twin.state_dict())
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
-
-
-def test_from_pretrained_refines_saves_and_reloads(tmp_path):
-    model, inputs = tiny_model("llama")
-    model.save_pretrained(tmp_path / "dense")
-    batches = batches_of(inputs)
-    config = LowRankConfig(**OPTIONS, refine="logits", calibration=batches)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", lowrank_config=config)
-    expected = factorize(model, LowRankConfig(**OPTIONS, refine="logits"), calibration=batches).eval()
-    assert torch.equal(predictions(loaded, batches[0]), predictions(expected, batches[0]))
-    loaded.save_pretrained(tmp_path / "small")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    assert torch.equal(predictions(again, batches[0]), predictions(loaded, batches[0]))
-    assert again.config.quantization_config.recipe["refine"] == "logits"
 
 
 def run(folder, batches, **options):
