@@ -9,7 +9,7 @@ import torch
 
 from ..errors import ConfigError
 from ..files import raw
-from ..integrations.calibration import SELF, as_calibration, check_calibration, make_batches
+from ..integrations.calibration import as_calibration, check_calibration, described, make_batches
 from ..integrations.planning import collect_for, saved_for
 from ..integrations.verbs import tokenizer_for
 from ..provenance import describe
@@ -82,16 +82,14 @@ def collected(model, names, recipe, calibration):
 
 
 def _described(calibration, model, seed):
-    data = calibration.data
-    if isinstance(data, str) and data == SELF:
-        sizes = {name: getattr(calibration, name) for name in ("samples", "length", "temperature")}
-        return {**sizes, "data": SELF, "seed": seed}
-    _, described = make_batches(calibration, model, tokenizer_for(model, None), seed)
-    batches = [data] if isinstance(data, Mapping) else data
-    if isinstance(batches, (list, tuple)) and all(isinstance(batch, Mapping) for batch in batches):
-        # A dataloader may give others each time.
-        described = {**described, "sha256": _digest(batches)}
-    return described
+    facts, given = {}, calibration.read
+    if given is not None:
+        _, facts = make_batches(given, model, tokenizer_for(model, None), seed)
+        batches = [given.data] if isinstance(given.data, Mapping) else given.data
+        if isinstance(batches, (list, tuple)) and all(isinstance(batch, Mapping) for batch in batches):
+            # A dataloader may give others each time.
+            facts = {**facts, "sha256": _digest(batches)}
+    return described(calibration, facts, seed)
 
 
 def _digest(batches):

@@ -168,6 +168,8 @@ def _calibration_in_words(data):
     if not data:
         return "none"
     name = "text sampled from the model itself" if data["data"] == SELF else f"`{data['data']}`"
+    if "sampled" in data:
+        name += f" and, {data['sampled']:g} of the sequences, text sampled from the model itself"
     rest = {"tokens": "{} tokens", "seed": "seed {}", "sha256": "sha256 `{}`"}
     return ", ".join([name, *(words.format(data[key]) for key, words in rest.items() if key in data)])
 

@@ -9,7 +9,6 @@ from accelerate.utils import gather_object
 
 from ..errors import CalibrationError, ConfigError
 from ..sharding import refuse_fsdp, refuse_sharded
-from .calibration import SELF
 
 
 class Processes:
@@ -61,10 +60,10 @@ def processes_for(accelerator, model, calibration):
             "`calibration` went through accelerator.prepare(), so that each process sees its own batches already; "
             "give the DataLoader as it was, the same in every process."
         )
-    if calibration.data == SELF and calibration.samples < accelerator.num_processes:
+    if 0 < calibration.drawn < accelerator.num_processes:
         raise CalibrationError(
-            f"`samples`={calibration.samples} of Calibration are fewer than the {accelerator.num_processes} "
-            "processes; start fewer, or take more samples."
+            f"`samples` of Calibration asks the model for {calibration.drawn} sequences, fewer than the "
+            f"{accelerator.num_processes} processes; start fewer, or take more samples."
         )
     what = "statistics of all processes"
     refuse_fsdp(model, what)

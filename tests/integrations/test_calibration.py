@@ -154,11 +154,43 @@ def test_text_for_an_encoder_decoder_is_refused(tmp_path):
         ({"samples": 0}, "`samples`=0 of Calibration"),
         ({"temperature": 0}, "`temperature`=0 of Calibration"),
         ({"temperature": "1"}, "`temperature`='1' of Calibration must be a number above 0"),
+        ({"data": TEXTS, "sampled": 1.0}, r"`sampled`=1.0 of Calibration must be a number in \[0, 1\)"),
+        ({"data": TEXTS, "samples": 4, "sampled": 0.1}, "splits 4 sequences .* leaves nothing to one of them"),
+        ({"sampled": 0.5}, "`sampled`=0.5 of Calibration .* give text"),
     ],
 )
 def test_sizes_are_checked(options, message):
     with pytest.raises(hf_lowrank.ConfigError, match=message):
         Calibration(**options)
+
+
+def test_text_and_samples_are_each_what_they_are_alone(llama):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    found = collect_statistics(model, Calibration(TEXTS, samples=7, length=8, batch_size=2, sampled=0.4))
+    alone = [
+        collect_statistics(model, Calibration(data, samples=samples, length=8, batch_size=2))
+        for data, samples in ((TEXTS, 4), ("self", 3))
+    ]
+    for name in found.leaders:
+        grams = [each.get(name, ["input_gram"])["input_gram"].double() for each in (found, *alone)]
+        torch.testing.assert_close(grams[0], grams[1] + grams[2], rtol=1e-5, atol=1e-6)
+    assert found.provenance["tokens"] == 7 * 8
+    expected = {"data": "40 texts", "samples": 7, "sampled": 0.4, "temperature": 1.0, "seed": 0}
+    assert expected.items() <= found.provenance.items()
+    assert found.provenance["sha256"] == alone[0].provenance["sha256"]
+
+
+def test_half_of_the_samples_is_no_statistics_file_and_no_encoder(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    batches = [{"input_ids": torch.arange(8)[None]}]
+    with pytest.raises(hf_lowrank.CalibrationError, match="`sampled`=0.5 of Calibration puts .* is list; give texts"):
+        collect_statistics(model, Calibration(batches, sampled=0.5))
+    with pytest.raises(hf_lowrank.CalibrationError, match="`sampled`=0.5 of Calibration samples text from a causal"):
+        collect_statistics(tiny_model("bert")[0], Calibration(TEXTS, sampled=0.5))
+    path = tmp_path / "statistics.safetensors"
+    collect_statistics(model, TEXTS).save(path)
+    with pytest.raises(hf_lowrank.CalibrationError, match="`sampled`=0.5 of Calibration puts"):
+        hf_lowrank.factorize(model, LowRankConfig(), calibration=Calibration(str(path), sampled=0.5))
 
 
 def test_without_the_datasets_library_the_cure_is_named(monkeypatch):
@@ -184,6 +216,15 @@ def test_a_folder_gives_the_same_model_on_every_road(llama, tmp_path):
         recipe = model.config.quantization_config.to_dict()["recipe"]
         assert recipe == expected.config.quantization_config.to_dict()["recipe"]
     assert sorted(os.listdir(tmp_path / "parts")) == ["samples", "statistics"]
+
+
+def test_a_folder_with_text_and_samples_is_a_plain_pass(llama, tmp_path):
+    calibration = Calibration(TEXTS, samples=6, length=8, batch_size=2, sampled=0.5)
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    plain = hf_lowrank.factorize(AutoModelForCausalLM.from_pretrained(llama), LowRankConfig(), calibration=calibration)
+    kept = hf_lowrank.factorize(model, LowRankConfig(), calibration=replace(calibration, folder=tmp_path))
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, kept.state_dict()[name]), name
 
 
 def test_a_folder_is_sampled_into_once(llama, tmp_path, monkeypatch):
