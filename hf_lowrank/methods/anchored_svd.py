@@ -3,10 +3,10 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import check_boolean, check_number
-from ..linalg import require_finite
+from ..checks import check_boolean, check_choice, check_number
+from ..linalg import require_finite, shrink
 from .base import Method, register_method
-from .kfac_svd import KfacSVD
+from .kfac_svd import TARGETS, KfacSVD
 from .whitened_svd import WhitenedSVD
 
 
@@ -33,8 +33,9 @@ class AnchoredSVD(Method):
         ridge (`float`, defaults to 0.1): how strongly W' is held to W, as a fraction of the mean squared input, above
             0. The less data, the more of it.
         beta (`float`, defaults to 1.0): how far W~ goes from the weight (0) to the anchored one (1), in [0, 1].
-        grad_shrinkage (`float`, defaults to 0.1): fraction in [0, 1) by which G is shrunk to a multiple of the
-            identity.
+        grad_shrinkage (`float`, defaults to 0.1): fraction in [0, 1) by which G is shrunk to `shrinkage_target`.
+        shrinkage_target (`str`, defaults to `"identity"`): as in `kfac_svd`, of G; with `"diagonal"` the ridge, too,
+            is l = ridge diag B instead of a multiple of I. Only `two_sided`.
 
     Shapes:
         weight `(out, in)`, statistics `input_gram` `(in, in)` and with `two_sided` `gradient_gram` `(out, out)`;
@@ -57,12 +58,14 @@ class AnchoredSVD(Method):
     ridge: float = 0.1
     beta: float = 1.0
     grad_shrinkage: float = 0.1
+    shrinkage_target: str = "identity"
 
     def __post_init__(self):
         check_boolean("two_sided", self.two_sided, self.name)
         check_number("ridge", self.ridge, 0, owner=self.name, open_low=True)
         check_number("beta", self.beta, 0, 1, self.name)
         check_number("grad_shrinkage", self.grad_shrinkage, 0, 1, self.name, open_high=True)
+        check_choice("shrinkage_target", self.shrinkage_target, TARGETS if self.two_sided else TARGETS[:1], self.name)
 
     @property
     def statistics(self):
@@ -91,21 +94,27 @@ class AnchoredSVD(Method):
         gram, cross = stats["compressed_gram"].double(), stats["cross_gram"].double()
         cross = self.beta * cross + (1 - self.beta) * gram
         require_finite(cross, "The cross-Gram matrix")
-        scale = gram.diagonal().mean()
-        if not scale > 0:
+        if not gram.diagonal().mean() > 0:
             return weight
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        held = (1 + self.ridge) * shrink(gram, self._shrinkage, self.shrinkage_target)
         # W + (W A - W B) (B + l I)^-1: what is solved for is the correction, which vanishes with the difference.
         correction = weight.double() @ (cross - gram)
-        return weight.double() + torch.linalg.solve(gram + self.ridge * scale * eye, correction, left=False)
+        return weight.double() + torch.linalg.solve(held, correction, left=False)
+
+    @property
+    def _shrinkage(self):
+        """The `a` that makes (1 - a) B + a T a multiple of B + ridge T."""
+        return self.ridge / (1 + self.ridge)
 
     @property
     def _metric(self):
-        # (1 - a) B + a mean(diag B) I is B + ridge mean(diag B) I, up to a factor.
-        shrinkage = self.ridge / (1 + self.ridge)
-        if self.two_sided:
-            return KfacSVD(input_shrinkage=shrinkage, grad_shrinkage=self.grad_shrinkage)
-        return WhitenedSVD(shrinkage=shrinkage)
+        if not self.two_sided:
+            return WhitenedSVD(shrinkage=self._shrinkage)
+        return KfacSVD(
+            input_shrinkage=self._shrinkage,
+            grad_shrinkage=self.grad_shrinkage,
+            shrinkage_target=self.shrinkage_target,
+        )
 
     def _seen(self, stats):
         gram = stats["compressed_gram" if "cross_gram" in stats else "input_gram"]

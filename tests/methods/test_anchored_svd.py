@@ -31,14 +31,16 @@ def product(method, stats, rank=RANK):
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.5, 20.0])
-@pytest.mark.parametrize("two_sided", [True, False])
-def test_equal_streams_give_the_method_it_builds_on(ridge, two_sided):
+@pytest.mark.parametrize(
+    "options", [{}, {"shrinkage_target": "diagonal"}, {"two_sided": False}], ids=["two-sided", "diagonal", "one-sided"]
+)
+def test_equal_streams_give_the_method_it_builds_on(ridge, options):
     stats = compared(INPUTS, INPUTS)
     shrinkage = ridge / (1 + ridge)
     theirs = METHODS["whitened_svd"](shrinkage=shrinkage)
-    if two_sided:
-        theirs = METHODS["kfac_svd"](input_shrinkage=shrinkage, grad_shrinkage=0.1)
-    ours = product(anchored(ridge=ridge, two_sided=two_sided), stats)
+    if "two_sided" not in options:
+        theirs = METHODS["kfac_svd"](input_shrinkage=shrinkage, grad_shrinkage=0.1, **options)
+    ours = product(anchored(ridge=ridge, **options), stats)
     torch.testing.assert_close(ours, product(theirs, stats), rtol=1e-9, atol=1e-12)
 
 
@@ -63,21 +65,26 @@ def test_no_other_matrix_of_the_rank_comes_closer_to_the_dense_outputs():
     assert ours < 0.99 * error(product(METHODS["whitened_svd"](), stats))
 
 
-def test_the_ridge_holds_on_to_the_weight_and_is_part_of_the_optimum():
+@pytest.mark.parametrize("target", ["identity", "diagonal"])
+def test_the_ridge_holds_on_to_the_weight_and_is_part_of_the_optimum(target):
     stats, ridge = compared(INPUTS, COMPRESSED), 0.3
-    strength = ridge * stats["compressed_gram"].diagonal().mean()
+    # Without a gradient the metric is that of the outputs.
+    stats["gradient_gram"] = torch.eye(ROWS, dtype=torch.float64)
+    diagonal = stats["compressed_gram"].diagonal()
+    strength = ridge * (diagonal.mean().expand(COLUMNS) if target == "identity" else diagonal)
 
     def error(weight):
         outputs = (INPUTS @ WEIGHT.T - COMPRESSED @ weight.T).square().sum()
-        return float(outputs + strength * (WEIGHT - weight).square().sum())
+        return float(outputs + (strength * (WEIGHT - weight).square()).sum())
 
     # The ridge as so many more inputs, alike in both models.
-    extra = strength.sqrt() * torch.eye(COLUMNS, dtype=torch.float64)
+    extra = strength.sqrt().diag()
     longer = compared(torch.cat([INPUTS, extra]), torch.cat([COMPRESSED, extra]))
-    ours = product(anchored(ridge=ridge, two_sided=False), stats)
-    theirs = product(anchored(ridge=1e-12, two_sided=False), longer)
+    longer["gradient_gram"] = stats["gradient_gram"]
+    ours = product(anchored(ridge=ridge, shrinkage_target=target), stats)
+    theirs = product(anchored(ridge=1e-12, shrinkage_target=target), longer)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
-    assert error(ours) <= error(product(anchored(ridge=0.1, two_sided=False), stats))
+    assert error(ours) <= error(product(anchored(ridge=0.1, shrinkage_target=target), stats))
 
 
 def test_beta_goes_from_the_weight_to_the_anchored_one():
@@ -99,9 +106,12 @@ def test_options_are_checked():
         ("beta", 1.5, r"a number in \[0, 1\]"),
         ("grad_shrinkage", 1.0, r"a number in \[0, 1\)"),
         ("two_sided", "yes", "True or False"),
+        ("shrinkage_target", "none", r"one of \['identity', 'diagonal'\]"),
     ):
         with pytest.raises(ConfigError, match=rf"`{option}`={value!r} of anchored_svd must be {allowed}"):
             anchored(**{option: value})
+    with pytest.raises(ConfigError, match=r"`shrinkage_target`='diagonal' of anchored_svd must be one of \['ident"):
+        anchored(shrinkage_target="diagonal", two_sided=False)
 
 
 def test_what_it_reads_and_who_divides_the_budget_follow_the_metric():
