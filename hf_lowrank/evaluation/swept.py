@@ -82,7 +82,7 @@ def collected(model, names, recipe, calibration):
 
 
 def _described(calibration, model, seed):
-    facts, given = {}, calibration.read
+    facts, given = {}, calibration.given
     if given is not None:
         _, facts = make_batches(given, model, tokenizer_for(model, None), seed)
         batches = [given.data] if isinstance(given.data, Mapping) else given.data

@@ -78,7 +78,7 @@ class Calibration:
         return self.samples if self._is_self() else round(self.sampled * self.samples)
 
     @property
-    def read(self):
+    def given(self):
         """The part of the data that is given, without the sequences that the model writes; `None` if there is none."""
         return None if self._is_self() else replace(self, samples=self.samples - self.drawn, sampled=0.0)
 
@@ -166,8 +166,8 @@ def make_batches(calibration, model, tokenizer, seed, processes=None):
         processes ([`Processes`], *optional*): that share the data out; the batches are then those of this one.
     """
     batches, provenance = [], {}
-    if calibration.read is not None:
-        batches, provenance = _given_batches(calibration.read, model, tokenizer)
+    if calibration.given is not None:
+        batches, provenance = _given_batches(calibration.given, model, tokenizer)
         batches = batches if processes is None else processes.share(batches)
     if calibration.drawn:
         own, first = replace(calibration, data=SELF, samples=calibration.drawn, sampled=0.0), seed
