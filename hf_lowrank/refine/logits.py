@@ -5,16 +5,13 @@ from typing import ClassVar
 
 import torch
 
-from ..checks import check_number
 from ..errors import ConfigError, NonFiniteError
 from ..parts import Parts, digest_of_batches, digest_of_model
 from .base import Descent, in_eval, in_training, read_part, register_refinement, token_mask
-from .distillation import hidden_loss, logit_loss
+from .distillation import logit_loss
 
 
 EPOCH = "epoch-"
-# Where models put hidden states: encoders or decoders alone, and both together.
-HIDDEN = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
 # What AdamW keeps of a parameter, beside the number of steps.
 STATES = ("exp_avg", "exp_avg_sq")
 
@@ -24,9 +21,8 @@ STATES = ("exp_avg", "exp_avg_sq")
 class LogitRefinement(Descent):
     r"""Train all factors together to predict what the dense model predicts.
 
-        min over all parameters inside blocks    mean_t KL(softmax(model(x)_t) || softmax(model'(x)_t)) + w H
+        min over all parameters inside blocks    mean_t KL(softmax(model(x)_t) || softmax(model'(x)_t))
 
-    H is the squared error of hidden states relative to their size, the mean over layers and tokens, and w is `hidden`.
     Factors, and the biases and norms of their blocks, are trained, in float32 whatever they are stored in; a model in
     half precision computes in its own. Beside the dense model this takes gradients and optimizer states of all of
     them, the activations of a batch, and about six times its logits: `Calibration(batch_size=1)` makes that least. A
@@ -39,27 +35,20 @@ class LogitRefinement(Descent):
             0.
         warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
         max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
-        hidden (`float`, defaults to 0.0): weight of the hidden states in the loss, at least 0; above 0, they are kept
-            for the backward pass too.
 
     Raises:
-        ConfigError: an option out of range; a model that gives no `logits`, or no hidden states where they count.
+        ConfigError: an option out of range; a model that gives no `logits`.
         NonFiniteError: the loss becomes NaN or infinite.
         CheckpointError: the folder holds finished epochs of another run.
 
     Reference:
         Hinton et al., "Distilling the knowledge in a neural network", 2015, https://arxiv.org/abs/1503.02531. Differs:
-        temperature 1 and no labels. To add those, or more data, there is `DistillationTrainer`.
+        temperature 1 and no labels. To add those, hidden states, or more data, there is `DistillationTrainer`.
     """
 
     epochs: int = 1
     learning_rate: float = 1e-4
-    hidden: float = 0.0
     predicts: ClassVar[bool] = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_number("hidden", self.hidden, 0, owner=self.name)
 
     def check(self, model, sites, batches):
         if any(p.dtype == torch.float16 for p in model.parameters()):
@@ -68,16 +57,11 @@ class LogitRefinement(Descent):
                 "in bfloat16 or float32."
             )
         with torch.no_grad(), in_eval(model):
-            outputs = self._run(model, batches[0])
+            outputs = model(**batches[0])
         if not (isinstance(outputs, Mapping) and isinstance(outputs.get("logits"), torch.Tensor)):
             raise ConfigError(
                 f"`refine`='logits' compares predictions, and {type(model).__name__} gives no `logits`; refine a "
                 "model with its head, or choose `refine`='blocks'."
-            )
-        if self.hidden and not _hidden_states(outputs):
-            raise ConfigError(
-                f"`hidden`={self.hidden:g} of logits compares hidden states, and {type(model).__name__} gives none; "
-                "leave it 0."
             )
 
     def refine(self, model, sites, replace, batches, seed, folder=None, progress=None, teacher=None):
@@ -94,7 +78,7 @@ class LogitRefinement(Descent):
             kept.restore(optimizer, done)
             steps = self._steps(len(batches), seed)[done * len(batches) :]
             for epoch, index, last in progress(steps) if progress else steps:
-                loss = self._loss(model, teacher, batches[index], half)
+                loss = _divergence(model, teacher, batches[index], half)
                 if not torch.isfinite(loss):
                     raise NonFiniteError(
                         f"The refinement of all blocks diverges: its loss is {loss.item()}; lower `learning_rate`="
@@ -104,23 +88,6 @@ class LogitRefinement(Descent):
                 self.step(trained.values(), optimizer, schedule)
                 if last:
                     kept.write(optimizer, epoch + 1)
-
-    def _run(self, model, batch):
-        return model(**{**batch, "output_hidden_states": True} if self.hidden else batch)
-
-    def _loss(self, model, teacher, batch, half):
-        """The loss over the real tokens of a batch."""
-        device = next(model.parameters()).device.type
-        with torch.autocast(device, torch.bfloat16) if half else nullcontext():
-            outputs = self._run(model, batch)
-        with torch.no_grad():
-            wanted = self._run(teacher, batch)
-        loss = logit_loss(outputs["logits"], wanted["logits"], token_mask(batch, outputs["logits"].shape[:-1]))
-        if self.hidden:
-            pairs = zip(_hidden_states(outputs), _hidden_states(wanted), strict=True)
-            errors = [hidden_loss(*pair, token_mask(batch, pair[0][0].shape[:-1])) for pair in pairs]
-            loss = loss + self.hidden * torch.stack(errors).mean()
-        return loss
 
     def _steps(self, count, seed):
         """`(epoch, batch, whether it is the last of its epoch)` of every step."""
@@ -175,6 +142,11 @@ class _Kept:
             self.parts.remove(name)
 
 
-def _hidden_states(outputs):
-    """The hidden states of all layers, for each part of the model that gives them."""
-    return [outputs[key] for key in HIDDEN if outputs.get(key)]
+def _divergence(model, teacher, batch, half):
+    """The loss over the real tokens of a batch."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16) if half else nullcontext():
+        predicted = model(**batch)["logits"]
+    with torch.no_grad():
+        expected = teacher(**batch)["logits"]
+    return logit_loss(predicted, expected, token_mask(batch, predicted.shape[:-1]))

@@ -70,34 +70,6 @@ def test_every_format_is_trained(options):
     assert after < 0.8 * before
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
-def test_hidden_states_come_closer_too_where_they_count(name):
-    def error(model):
-        outputs = [m.eval()(**batches[0], output_hidden_states=True) for m in (model, dense)]
-        pairs = zip(*map(logits._hidden_states, outputs), strict=True)
-        return sum(float(logits.hidden_loss(*pair)) for pair in pairs)
-
-    model, inputs = tiny_model(name)
-    dense, batches, found = copy.deepcopy(model), batches_of(inputs), {}
-    for weight in (0.0, 10.0):
-        twin, refine = copy.deepcopy(model), {**LONGER, "hidden": weight}
-        found[weight] = error(factorize(twin, LowRankConfig(**OPTIONS, refine=refine), calibration=batches))
-    assert found[10.0] < 0.9 * found[0.0]
-
-
-def test_the_loss_is_what_the_equation_says():
-    dense, inputs = tiny_model("llama")
-    model, batch = tiny_model("llama", seed=1)[0].eval(), batches_of(inputs)[0]
-    with torch.no_grad():
-        one, other = (m(**batch, output_hidden_states=True) for m in (model, dense.eval()))
-        loss = logits.LogitRefinement(hidden=3.0)._loss(model, dense, batch, False)
-    p, q = (outputs.logits.double().softmax(-1) for outputs in (other, one))
-    states = zip(one.hidden_states, other.hidden_states, strict=True)
-    errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in states]
-    expected = (p * (p / q).log()).sum(-1).mean() + 3.0 * torch.stack(errors).mean()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize("options", [{}, *FORMATS], ids=lambda options: str(options.get("method")))
 def test_bfloat16_models_are_trained_in_float32_and_stay_bfloat16(options):
     model, inputs = tiny_model("llama")
@@ -160,7 +132,7 @@ def test_killed_and_resumed_gives_the_same_bits(epoch, tmp_path):
 def test_a_finished_epoch_is_not_trained_again(tmp_path, monkeypatch):
     batches = batches_of(tiny_model("llama")[1])
     expected = run(str(tmp_path), batches)
-    monkeypatch.setattr(logits.LogitRefinement, "_loss", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(logits, "_divergence", lambda *args: pytest.fail("trained again"))
     resumed = run(str(tmp_path), batches)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
@@ -194,7 +166,6 @@ def test_float16_is_refused():
         ({"epochs": -1}, r"`epochs`=-1 of logits must be an integer of at least 0"),
         ({"learning_rate": 0}, r"`learning_rate`=0 of logits must be a number above 0"),
         ({"warmup_ratio": 1.0}, r"`warmup_ratio`=1.0 of logits must be a number in \[0, 1\)"),
-        ({"hidden": -1}, r"`hidden`=-1 of logits must be a number of at least 0"),
     ],
 )
 def test_options_are_checked(options, message):
