@@ -1,13 +1,12 @@
 """What will happen to which weight: targets, budget and ranks, decided before any weight is touched."""
 
-import functools
 import logging
-import math
 from dataclasses import dataclass
 
 import torch
 
-from .allocation import Candidate, allowed_ranks, fill, rank_for_energy
+from .allocation import fill, rank_for_energy
+from .candidates import candidate_for, least_cost, rank_step
 from .errors import ConfigError, RankError, TargetError
 from .factorize import format_for
 from .formats import FORMATS, check_rank
@@ -125,7 +124,7 @@ def make_plan(model, recipe, available=None, measured=None):
     fixed = _fixed_ranks(sites, recipe.rank_pattern)
     if recipe.rank is not None:
         fixed = {site.name: recipe.rank for site in sites} | fixed
-    candidates = {site.name: _candidate(model, site, recipe, measured) for site in sites}
+    candidates = {site.name: candidate_for(model, site, recipe, measured) for site in sites}
     free = [candidates[site.name] for site in sites if site.name not in fixed]
     budget = _budget(model, sites, recipe, candidates, fixed)
     ranks = {**fixed, **_free_ranks(free, budget, recipe, measured)}
@@ -196,7 +195,7 @@ def _budget(model, sites, recipe, candidates, fixed):
     for name, rank in fixed.items():
         if rank != DENSE:
             rest += candidates[name].cost(rank) - candidates[name].dense_cost
-    least = rest + sum(_least_cost(candidate) for candidate in free)
+    least = rest + sum(least_cost(candidate) for candidate in free)
     if least > recipe.target_bytes:
         raise ConfigError(
             f"`target_bytes`={recipe.target_bytes} cannot be reached: with the lowest allowed rank of all "
@@ -204,11 +203,6 @@ def _budget(model, sites, recipe, candidates, fixed):
             "least that, lower `rank_multiple`, widen `target_modules`, or load in a smaller `dtype`."
         )
     return recipe.target_bytes - rest
-
-
-def _least_cost(candidate):
-    ranks = allowed_ranks(candidate)
-    return candidate.cost(ranks[0]) if ranks else candidate.dense_cost
 
 
 def _warn_if_over(free, chosen, budget, recipe):
@@ -222,78 +216,6 @@ def _warn_if_over(free, chosen, budget, recipe):
             kept,
             sum(candidate.dense_cost for candidate in free),
         )
-
-
-def _candidate(model, site, recipe, measured):
-    format = FORMATS[format_for(site, recipe)]
-    shape = site.out_features, site.in_features
-    least = _rank_step(site, recipe)
-    curve = None if measured.curves is None or site.name not in measured.curves else measured.curves[site.name]
-    cost, dense_cost = _costs(model, site, format, recipe, measured)
-    limit = _limit(model, site, format, recipe.method)
-    times = measured.latencies.of(*shape) if recipe.needs_latencies and measured.latencies is not None else None
-    return Candidate(
-        name=site.name,
-        out_features=site.out_features,
-        in_features=site.in_features,
-        copies=site.copies,
-        rank_multiple=math.lcm(recipe.rank_multiple, least),
-        least_rank=least,
-        cost=cost,
-        break_even=_first_not_cheaper(cost, dense_cost, limit),
-        curve=None if curve is None else curve[1:].tolist(),
-        total=None if curve is None else float(curve[0]),
-        dense_cost=dense_cost,
-        time=None if times is None else times.at,
-        dense_time=None if times is None else times.dense,
-    )
-
-
-def _limit(model, site, format, method):
-    """The lowest rank at which nothing is saved: in the numbers that budgets count, or in bytes."""
-    shape, size = (site.out_features, site.in_features), model.get_parameter(site.weight_name).element_size()
-
-    def stored(rank):
-        return format.stored_bytes(*shape, rank, size, **method.layout(*shape, rank))
-
-    dense = shape[0] * shape[1]
-    limit = _first_not_cheaper(functools.partial(method.counted, format, *shape), dense, min(shape) + 1)
-    return _first_not_cheaper(stored, size * dense, limit)
-
-
-def _costs(model, site, format, recipe, measured):
-    """`(cost of the factors at a rank, cost of the dense weight)` in the unit of the budget."""
-    shape, dense = (site.out_features, site.in_features), site.copies * site.out_features * site.in_features
-    bias = site.out_features if recipe.method.shifts and not site.bias else 0
-
-    def layout(rank):
-        return recipe.method.layout(*shape, rank)
-
-    if recipe.target_bytes is not None:
-        size = model.get_parameter(site.weight_name).element_size()
-        stored = functools.partial(format.stored_bytes, *shape, dtype_size=size)
-        return lambda rank: site.copies * (stored(rank, **layout(rank)) + bias * size), size * dense
-    if recipe.needs_latencies and len(site.members) > 1:
-        raise ConfigError(
-            f"`allocation`={recipe.allocation.name!r} counts time, and {site.name} shares a basis with others, "
-            "which is not measured; count parameters, or leave `joint_groups` and `share_layers` unset."
-        )
-    if recipe.allocation.cost == "latency" and recipe.needs_latencies and measured.latencies is not None:
-        times = measured.latencies.of(*shape)
-        return lambda rank: site.copies * times.at(rank), site.copies * times.dense
-    return lambda rank: site.copies * (recipe.method.counted(format, *shape, rank) + bias), dense
-
-
-def _first_not_cheaper(cost, dense_cost, limit):
-    """The lowest rank up to `limit` whose factors cost no less than the dense weight."""
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high) // 2
-        if cost(middle) >= dense_cost:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 def _check_shift(site, recipe):
@@ -329,12 +251,8 @@ def _check_convolution(site, recipe):
             )
 
 
-def _rank_step(site, recipe):
-    return math.lcm(site.kind.min_rank_multiple, recipe.rank_step)
-
-
 def _check_multiple(site, rank, recipe):
-    least = _rank_step(site, recipe)
+    least = rank_step(site, recipe)
     if rank % least:
         raise RankError(
             f"rank={rank} for {site.name} must be a multiple of {least}, since its kernel reads aligned rows, or "

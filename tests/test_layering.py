@@ -16,7 +16,7 @@ LEVEL = {
     "errors": 0, "checks": 1, "files": 1, "registry": 1, "sharding": 1, "versions": 1, "readme": 1,
     "linalg": 2, "blocks": 2, "draws": 2, "parts": 2, "provenance": 2, "upload": 2, "formats": 3, "statistics": 3,
     "methods": 4, "allocation": 4, "refine": 4, "kinds": 4, "convolutions": 4.5, "recipe": 5, "surgery": 5, "sizes": 6,
-    "factorize": 6, "groups": 6, "replace": 6, "rewrite": 6,
+    "factorize": 6, "groups": 6, "replace": 6, "rewrite": 6, "candidates": 6.5,
     "passes": 7, "latency": 7, "plan": 7, "truncate": 7, "reporting": 7,
     "integrations": 8, "models": 8, "training": 9, "tuners": 9, "evaluation": 9, "testing": 10, "cli": 11,
     "__init__": 12,
