@@ -32,7 +32,7 @@ class Calibration:
         batch_size (`int`, defaults to 8): sequences a calibration pass; six times as many are sampled at once.
         sampled (`float`, defaults to 0.0): fraction of the sequences that the model itself writes, as for `"self"`,
             beside text in `data`, in [0, 1). Text knows the domain, samples what else the model has learnt; half of
-            each was measured to keep more than either at 0.6 of the parameters.
+            each was measured to keep more than as much text alone.
         temperature (`float`, defaults to 1.0): of sampling from the model, above 0.
         split (`str`, defaults to `"train"`): of a data set id.
         text_column (`str`, defaults to `"text"`): of a data set or `.jsonl` file.
