@@ -5,6 +5,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
+from words import TEXTS, word_tokenizer
 
 from hf_lowrank import Calibration, collect_statistics
 from hf_lowrank.testing import tiny_model
@@ -36,6 +37,11 @@ def main(folder):
     own = Calibration(samples=5, length=8, batch_size=2)
     found = collect_statistics(tiny_model("llama")[0], own, method="whitened_svd", accelerator=accelerator)
     found.save(f"{folder}/self-{rank}.safetensors")
+    both = Calibration(TEXTS, samples=7, length=8, batch_size=2, sampled=0.4)
+    found = collect_statistics(
+        tiny_model("llama")[0], both, word_tokenizer(), method="whitened_svd", accelerator=accelerator
+    )
+    found.save(f"{folder}/both-{rank}.safetensors")
     accelerator.end_training()
 
 

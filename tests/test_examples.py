@@ -223,6 +223,16 @@ def test_a_difference_that_the_seeds_do_not_show_is_called_that(tmp_path):
     assert lines["lora"].endswith("| 3 | 7 | 0.81 | 0.01 |  |")
 
 
+def test_what_is_not_trained_stands_above_what_is(tmp_path):
+    found = {"task": "wikipedia", "ratio": 0.6, "metric": "perplexity", "before": {"dense": 20.5, "factorized": 61.25}}
+    found["runs"] = {"lora": {"0": {"score": 40.0, "parameters": 7}}}
+    (tmp_path / "wikipedia-0.6.json").write_text(json.dumps(found))
+    lines = adapters.table(tmp_path).splitlines()[2:]
+    assert lines[0] == "| wikipedia (perplexity) | 1 | dense, not trained |  |  | 20.5 |  |  |"
+    assert lines[1] == "| wikipedia (perplexity) | 0.6 | factorized, not trained |  |  | 61.25 |  |  |"
+    assert lines[2].startswith("| wikipedia (perplexity) | 0.6 | lora | 1 | 7 | 40 |")
+
+
 def test_variants_share_statistics_and_are_stored_in_bfloat16(tmp_path):
     from hf_lowrank.testing import tiny_model
 

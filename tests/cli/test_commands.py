@@ -13,8 +13,8 @@ import yaml
 from commands import command
 from hub import Hub
 from processes import run_without
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+from words import word_tokenizer
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, summary, to_dense
@@ -32,9 +32,7 @@ def dense(tmp_path_factory):
     """A tiny language model with a tokenizer of whole words."""
     folder = tmp_path_factory.mktemp("dense")
     tiny_model("llama")[0].save_pretrained(folder, max_shard_size="60KB")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w95", pad_token="w0").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     (folder / "text.txt").write_text(TEXT)
     return folder
 

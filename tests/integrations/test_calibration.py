@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from words import TEXTS, word_tokenizer
 
 import hf_lowrank
 from hf_lowrank import Calibration, LowRankConfig, collect_statistics
@@ -16,17 +17,12 @@ from hf_lowrank.integrations import self_samples
 from hf_lowrank.testing import tiny_model
 
 
-TEXTS = [f"w{i} w{i + 1} w{(7 * i) % 90} w{(3 * i) % 90}" for i in range(40)]
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A tiny language model with a tokenizer of whole words."""
     folder = tmp_path_factory.mktemp("llama")
     tiny_model("llama")[0].save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w95", pad_token="w0").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -134,11 +130,8 @@ def test_a_wrong_column_is_named(llama, tmp_path):
 
 def test_encoders_read_one_text_a_sample_with_special_tokens(tmp_path):
     model, _ = tiny_model("bert")
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w95"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w95", pad_token="w0")
     texts = ["w3 w4 w5", "w6 w7 w8 w9 w10", "w11"]
-    statistics = collect_statistics(model, texts, tokenizer)
+    statistics = collect_statistics(model, texts, word_tokenizer())
     assert statistics.provenance["tokens"] == 9
 
 
@@ -178,6 +171,19 @@ def test_text_and_samples_are_each_what_they_are_alone(llama):
     expected = {"data": "40 texts", "samples": 7, "sampled": 0.4, "temperature": 1.0, "seed": 0}
     assert expected.items() <= found.provenance.items()
     assert found.provenance["sha256"] == alone[0].provenance["sha256"]
+
+
+def test_the_card_names_both_sources(llama, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(TEXTS))
+    asked = Calibration(str(path), samples=7, length=8, sampled=0.4)
+    model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(calibration=asked))
+    text = hf_lowrank.model_card(model).text
+    both = "`texts.txt` and, 0.4 of the sequences, text sampled from the model itself, 56 tokens, seed 0"
+    assert f"- calibration: {both}, sha256 `" in text
+    code = re.search(r"config = (LowRankConfig\(.*?^\))", text, re.DOTALL | re.MULTILINE)[1]
+    again = eval(code, {"LowRankConfig": LowRankConfig, "Calibration": Calibration}).calibration
+    assert again == replace(asked, data="texts.txt")
 
 
 def test_half_of_the_samples_is_no_statistics_file_and_no_encoder(llama, tmp_path):

@@ -50,6 +50,11 @@ def test_two_processes_find_what_one_pass_does(tmp_path):
     own = Statistics.load(tmp_path / "self-0.safetensors")
     assert (tmp_path / "self-1.safetensors").read_bytes() == (tmp_path / "self-0.safetensors").read_bytes()
     assert own.provenance["tokens"] == 5 * 8 and own.provenance["samples"] == 5
+    both = Statistics.load(tmp_path / "both-0.safetensors")
+    assert (tmp_path / "both-1.safetensors").read_bytes() == (tmp_path / "both-0.safetensors").read_bytes()
+    assert {"data": "40 texts", "tokens": 7 * 8, "samples": 7, "sampled": 0.4, "processes": 2}.items() <= (
+        both.provenance.items()
+    )
 
 
 def test_a_lone_process_is_a_plain_pass():
