@@ -14,6 +14,8 @@ from ..registry import Registry
 
 REFINEMENTS = Registry("refine")
 register_refinement = REFINEMENTS.register
+# What tells tokens from padding.
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,33 @@ class Descent(Refinement):
     Args:
         epochs (`int`): passes over the calibration data, at least 0.
         learning_rate (`float`): peak of the schedule, above 0.
+        batch_size (`int`, *optional*): sequences a step, at least 1; unset, those of a calibration batch.
         warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
         max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
     """
 
     epochs: int = 1
     learning_rate: float = 1e-3
+    batch_size: int | None = None
     warmup_ratio: float = 0.1
     max_grad_norm: float = 1.0
 
     def __post_init__(self):
         check_integer("epochs", self.epochs, 0, self.name)
+        if self.batch_size is not None:
+            check_integer("batch_size", self.batch_size, 1, self.name)
         for name in ("learning_rate", "max_grad_norm"):
             check_number(name, getattr(self, name), 0, owner=self.name, open_low=True)
         check_number("warmup_ratio", self.warmup_ratio, 0, 1, owner=self.name, open_high=True)
+
+    def split(self, batches):
+        """`batches` in pieces of `batch_size` sequences or fewer, without those of padding alone.
+
+        A batch stays whole where its tensors do not all count the same sequences, as position ids for all of them.
+        """
+        return (
+            batches if self.batch_size is None else [x for batch in batches for x in _pieces(batch, self.batch_size)]
+        )
 
     def optimizer(self, parameters, total, done=0):
         """`(optimizer, schedule)` for `total` steps, of which some are `done`."""
@@ -88,6 +103,22 @@ class Descent(Refinement):
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def _pieces(batch, size):
+    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    others = [value for key, value in batch.items() if key not in tensors]
+    lengths = {tensor.shape[:1] for tensor in tensors.values()}
+    if (
+        len(lengths) != 1
+        or () in lengths
+        or not all(value is None or isinstance(value, (bool, int)) for value in others)
+    ):
+        return [batch]
+    cuts = zip(*(tensor.split(size) for tensor in tensors.values()), strict=True)
+    pieces = [{**batch, **dict(zip(tensors, cut, strict=True))} for cut in cuts]
+    masks = [key for key in MASKS if key in tensors]
+    return [piece for piece in pieces if all(piece[key].any() for key in masks)]
 
 
 @contextmanager
@@ -124,7 +155,7 @@ def in_eval(model):
 
 def token_mask(batch, tokens):
     """The real tokens of a batch, boolean and of the shape `tokens`, or `None` where all are."""
-    masks = [batch.get(key) for key in ("attention_mask", "decoder_attention_mask")]
+    masks = [batch.get(key) for key in MASKS]
     fitting = [m for m in masks if isinstance(m, torch.Tensor) and m.shape == tokens]
     return fitting[0].bool() if fitting else None
 

@@ -25,6 +25,7 @@ class BlockRefinement(Descent):
         epochs (`int`, defaults to 6): passes over the calibration data for each block, at least 0.
         learning_rate (`float`, defaults to 1e-3): peak of the schedule (linear warm-up, then a cosine to zero), above
             0.
+        batch_size (`int`, *optional*): sequences a step, at least 1; unset, those of a calibration batch.
         warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
         max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
 
@@ -51,6 +52,7 @@ class BlockRefinement(Descent):
 
     def refine(self, model, sites, replace, batches, seed, folder=None, progress=None, teacher=None):
         self.check(model, sites, batches)
+        batches = self.split(batches)
         names = block_names(model, [site.name for site in sites])
         inside = {name: [site for site in sites if site.name.startswith(f"{name}.")] for name in names}
 

@@ -25,14 +25,15 @@ class LogitRefinement(Descent):
 
     Factors, and the biases and norms of their blocks, are trained, in float32 whatever they are stored in; a model in
     half precision computes in its own. Beside the dense model this takes gradients and optimizer states of all of
-    them, the activations of a batch, and about six times its logits: `Calibration(batch_size=1)` makes that least. A
-    step is taken for every batch.
+    them, the activations of a step, and about six times its logits.
 
     Args:
         epochs (`int`, defaults to 1): passes over the calibration data, at least 0. So many parameters learn little
             data by heart: more epochs need more of it.
         learning_rate (`float`, defaults to 1e-4): peak of the schedule (linear warm-up, then a cosine to zero), above
             0.
+        batch_size (`int`, *optional*, defaults to 1): sequences a step, at least 1; `None` takes those of a
+            calibration batch. Of the same data, more and smaller steps learn more and need less memory.
         warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
         max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
 
@@ -48,6 +49,7 @@ class LogitRefinement(Descent):
 
     epochs: int = 1
     learning_rate: float = 1e-4
+    batch_size: int | None = 1
     predicts: ClassVar[bool] = True
 
     def check(self, model, sites, batches):
@@ -65,6 +67,7 @@ class LogitRefinement(Descent):
             )
 
     def refine(self, model, sites, replace, batches, seed, folder=None, progress=None, teacher=None):
+        batches = self.split(batches)
         with torch.no_grad():
             for site in sites:
                 replace(site)

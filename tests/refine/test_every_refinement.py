@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from walks import batches_of
 
-from hf_lowrank import LowRankConfig, factorize
+from hf_lowrank import ConfigError, LowRankConfig, factorize
 from hf_lowrank.refine import REFINEMENTS
 from hf_lowrank.testing import tiny_model
 
@@ -75,3 +75,41 @@ def test_from_pretrained_refines_saves_and_reloads(refine, tmp_path):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
         assert torch.equal(again(**batches[0]).logits, loaded(**batches[0]).logits)
     assert again.config.quantization_config.recipe["refine"] == refine
+
+
+@everyone
+def test_a_step_takes_as_many_sequences_as_asked(refine):
+    model, inputs = tiny_model("llama")
+    fours = [{name: torch.cat([x, x + 1]) for name, x in batch.items()} for batch in batches_of(inputs, 2)]
+    twos = [{"input_ids": half} for batch in fours for half in batch["input_ids"].split(2)]
+
+    def states(batches, size):
+        config = LowRankConfig(**OPTIONS, refine={"name": refine, "batch_size": size})
+        return factorize(copy.deepcopy(model), config, calibration=batches).state_dict()
+
+    def same(one, other):
+        return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    assert same(states(fours, 2), states(twos, None))
+    assert same(states(fours, 8), states(fours, None))
+    assert not same(states(fours, 2), states(fours, None))
+
+
+def test_only_what_counts_sequences_is_split():
+    refinement = REFINEMENTS["logits"](batch_size=2)
+    ids, mask = torch.arange(15).view(5, 3), torch.ones(5, 3, dtype=torch.long)
+    mask[2:4] = 0
+    found = refinement.split([{"input_ids": ids, "attention_mask": mask, "use_cache": False}])
+    assert [piece["input_ids"].tolist() for piece in found] == [ids[:2].tolist(), ids[4:].tolist()]
+    assert all(
+        piece["use_cache"] is False and len(piece["attention_mask"]) == len(piece["input_ids"]) for piece in found
+    )
+    for other in ({"position_ids": torch.arange(3)[None]}, {"scale": torch.tensor(1.0)}, {"past": (ids,)}):
+        batch = {"input_ids": ids, **other}
+        assert refinement.split([batch]) == [batch]
+
+
+@everyone
+def test_no_sequence_a_step_is_refused(refine):
+    with pytest.raises(ConfigError, match=f"`batch_size`=0 of {refine} must be an integer of at least 1"):
+        LowRankConfig(refine={"name": refine, "batch_size": 0})

@@ -18,7 +18,7 @@ from hf_lowrank.testing import tiny_model
 
 
 OPTIONS = {"method": "svd", "param_ratio": 0.4, "rank_multiple": 1}
-LONGER = {"name": "logits", "epochs": 8, "learning_rate": 3e-3}
+LONGER = {"name": "logits", "epochs": 8, "learning_rate": 1e-3}
 ARCHITECTURES = ["llama", "gpt2", "bert", "t5", "vit", "mixtral", "whisper", "qwen3_moe", "llava"]
 # A method for every format that trains.
 FORMATS = [
@@ -67,7 +67,7 @@ def test_predictions_come_closer_to_the_dense_ones(name):
 def test_every_format_is_trained(options):
     model, inputs = tiny_model("llama")
     before, after = compared(model, batches_of(inputs), **options)
-    assert after < 0.8 * before
+    assert after < 0.5 * before
 
 
 @pytest.mark.parametrize("options", [{}, *FORMATS], ids=lambda options: str(options.get("method")))
