@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from .errors import CheckpointError, ConfigError, RankError
 from .formats import LowRankConv
 from .formats.conv import CONVOLUTIONS
-from .kinds import LinearKind, Site, register_linear_kind
+from .kinds import LinearKind, Site, register_linear_kind, succeed
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class ConvKind(LinearKind):
         except RankError as error:
             raise RankError(f"{site.name}: {error}") from error
         layer.relative_error = spec.get("relative_error")
-        layer.train(dense.training)
-        model.set_submodule(site.name, layer)
+        succeed(model, site.name, layer)
 
     def placeholders(self, model, site, dtype):
         layer = model.get_submodule(site.name)
@@ -90,8 +89,7 @@ class ConvKind(LinearKind):
         dense = layer.empty_dense()
         dense.weight = nn.Parameter(layer.dense_weight().detach().contiguous(), requires_grad=trainable)
         dense.bias = layer.bias
-        dense.train(layer.training)
-        model.set_submodule(name, dense)
+        succeed(model, name, dense)
 
     @contextmanager
     def watch(self, model, sites, observe):

@@ -11,6 +11,20 @@ from .errors import DAMAGED, CheckpointError, RankError
 from .formats import FORMATS
 
 
+# Where a module keeps the hooks that run with it, and of which sort the backward ones are; those of its state dict are
+# about its own parameters.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
 @dataclass(frozen=True)
 class Site:
     """One weight that can be factorized.
@@ -122,8 +136,7 @@ class LinearKind:
         layer.relative_error = spec.get("relative_error")
         layer.added_bias = added
         layer.replaced_shape = site.out_features, site.in_features
-        layer.train(model.get_submodule(site.name).training)
-        model.set_submodule(site.name, layer)
+        succeed(model, site.name, layer)
 
     def placeholders(self, model, site, dtype):
         """Give the factorized site empty parameters under the dense names too, so that checkpoint keys match.
@@ -209,8 +222,7 @@ class LinearKind:
         dense.weight = nn.Parameter(weight, requires_grad=trainable)
         if bias is not None:
             dense.bias = bias
-        dense.train(layer.training)
-        model.set_submodule(name, dense)
+        succeed(model, name, dense)
 
     def empty(self, in_features, out_features, bias):
         """A dense module of this kind without values."""
@@ -240,6 +252,15 @@ def _widths(spec, site):
                 f"architecture. {DAMAGED}"
             )
     return found
+
+
+def succeed(model, name, layer):
+    """Put `layer` in the place of the module `name`, whose mode and hooks it takes over."""
+    before = model.get_submodule(name)
+    for table in HOOKS:
+        # The table itself: its handle removes a hook from there.
+        setattr(layer, table, getattr(before, table))
+    model.set_submodule(name, layer.train(before.training))
 
 
 LINEAR_KINDS = [LinearKind(nn.Linear)]

@@ -9,6 +9,7 @@ from torch import nn
 from .checks import is_integer
 from .errors import ConfigError, LowRankError, RankError, TargetError
 from .formats import FORMATS, DenseLinear, FormatLinear, LinearFace, check_rank, exact_factors
+from .kinds import succeed
 from .methods import METHODS, Factors
 from .rewrite import check_rewritable, replace_factors
 from .statistics import Statistics
@@ -96,7 +97,7 @@ def truncate(model, rank=None, rank_pattern=None, format=None, method="svd", sta
         if target in (None, FORMATS[found[name].name]):
             replace_factors(found[name], factors.left, factors.right, rest=factors.rest)
         else:
-            model.set_submodule(name, _in_format(target, found[name], factors))
+            succeed(model, name, _in_format(target, found[name], factors))
     return {name: factors.relative_error for name, factors in made.items()}
 
 
@@ -150,7 +151,7 @@ def _in_format(format, layer, factors):
     check_rank(factors.left.shape[1], layer.out_features, layer.in_features)
     made = format.from_factors(factors, layer.bias, layer.weight.dtype, layer.transposed)
     trainable = any(parameter.requires_grad for parameter in layer.parameters())
-    made.requires_grad_(trainable).train(layer.training)
+    made.requires_grad_(trainable)
     made.added_bias, made.relative_error = layer.added_bias, None
     made.replaced_shape = layer.replaced_shape
     return made

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from ..errors import TargetError
 from ..formats import LinearFace, is_packed, plain
+from ..kinds import succeed
 from ..surgery import factorized
 
 
@@ -42,8 +43,7 @@ def _unpack(model):
         dense = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         dense.weight = nn.Parameter(plain(module).detach().contiguous())
         dense.bias = module.bias
-        dense.train(module.training)
-        model.set_submodule(name, dense)
+        succeed(model, name, dense)
 
 
 def refuse_adapters(model, cure):

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -11,9 +12,11 @@ from .base import Descent, in_eval, in_training, read_part, register_refinement,
 from .distillation import logit_loss
 
 
-EPOCH = "epoch-"
-# What AdamW keeps of a parameter, beside the number of steps.
-STATES = ("exp_avg", "exp_avg_sq")
+STEP = "step-"
+# How often a run is kept in its folder: each time takes three numbers a parameter on disk.
+TIMES = 16
+# What AdamW keeps of a parameter.
+STATES = ("step", "exp_avg", "exp_avg_sq")
 
 
 @register_refinement("logits")
@@ -40,7 +43,7 @@ class LogitRefinement(Descent):
     Raises:
         ConfigError: an option out of range; a model that gives no `logits`.
         NonFiniteError: the loss becomes NaN or infinite.
-        CheckpointError: the folder holds finished epochs of another run.
+        CheckpointError: the folder holds finished steps of another run.
 
     Reference:
         Hinton et al., "Distilling the knowledge in a neural network", 2015, https://arxiv.org/abs/1503.02531. Differs:
@@ -76,11 +79,12 @@ class LogitRefinement(Descent):
         half = any(p.dtype == torch.bfloat16 for p in trained.values())
         kept = _Kept(folder, trained, lambda: self._decisive(trained, teacher, batches, seed))
         with in_training(model, trained.values()), in_eval(teacher):
-            done = kept.epochs()
-            optimizer, schedule = self.optimizer(trained.values(), self.epochs * len(batches), done * len(batches))
+            order, done = self._order(len(batches), seed), kept.steps()
+            optimizer, schedule = self.optimizer(trained.values(), len(order), done)
             kept.restore(optimizer, done)
-            steps = self._steps(len(batches), seed)[done * len(batches) :]
-            for epoch, index, last in progress(steps) if progress else steps:
+            every = math.ceil(len(order) / TIMES)
+            steps = list(enumerate(order, 1))[done:]
+            for step, index in progress(steps) if progress else steps:
                 loss = _divergence(model, teacher, batches[index], half)
                 if not torch.isfinite(loss):
                     raise NonFiniteError(
@@ -89,14 +93,13 @@ class LogitRefinement(Descent):
                     )
                 loss.backward()
                 self.step(trained.values(), optimizer, schedule)
-                if last:
-                    kept.write(optimizer, epoch + 1)
+                if step % every == 0 or step == len(order):
+                    kept.write(optimizer, step)
 
-    def _steps(self, count, seed):
-        """`(epoch, batch, whether it is the last of its epoch)` of every step."""
+    def _order(self, count, seed):
+        """The batch of every step."""
         generator = torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(count, generator=generator).tolist() for _ in range(self.epochs)]
-        return [(e, index, place == count) for e, order in enumerate(orders) for place, index in enumerate(order, 1)]
+        return [index for _ in range(self.epochs) for index in torch.randperm(count, generator=generator).tolist()]
 
     def _decisive(self, trained, teacher, batches, seed):
         """A digest of everything that decides what training gives: nothing else may be taken for its result."""
@@ -105,42 +108,42 @@ class LogitRefinement(Descent):
 
 
 class _Kept:
-    """The last finished epoch, in a folder if there is one: parameters in float32, and what the optimizer knows."""
+    """How far a run has come, in a folder if there is one: parameters in float32, and what the optimizer knows."""
 
     def __init__(self, folder, trained, decisive):
         self.trained = trained
         self.parts = None if folder is None else Parts(folder, {})
         self.mark = None if folder is None else decisive()
 
-    def epochs(self):
-        """How many epochs are finished."""
-        numbers = [int(name.removeprefix(EPOCH)) for name in self._names()]
+    def steps(self):
+        """How many steps are kept."""
+        numbers = [int(name.removeprefix(STEP)) for name in self._names()]
         return max(numbers, default=0)
 
     def _names(self):
-        return [] if self.parts is None else [name for name in self.parts.names() if name.startswith(EPOCH)]
+        return [] if self.parts is None else [name for name in self.parts.names() if name.startswith(STEP)]
 
-    def restore(self, optimizer, epoch):
-        """Take parameters and the state of `optimizer` from the end of that epoch; at 0, nothing."""
-        if epoch == 0:
+    def restore(self, optimizer, step):
+        """Take parameters and the state of `optimizer` as they were after that step; at 0, nothing."""
+        if step == 0:
             return
-        tensors, note = read_part(self.parts, f"{EPOCH}{epoch}", self.mark)
+        tensors, _ = read_part(self.parts, f"{STEP}{step}", self.mark)
         for name, p in self.trained.items():
             p.data.copy_(tensors[name])
-            own = {state: tensors[f"{name}.{state}"].to(p.device) for state in STATES}
-            optimizer.state[p] = {"step": torch.tensor(float(note["steps"])), **own}
+            # Nothing is known of a parameter that no sequence has reached so far, as of an expert.
+            known = {state: tensors[f"{name}.{state}"] for state in STATES if f"{name}.{state}" in tensors}
+            optimizer.state[p] = {state: x if state == "step" else x.to(p.device) for state, x in known.items()}
 
-    def write(self, optimizer, epoch):
-        """Keep that epoch, and no earlier one."""
+    def write(self, optimizer, step):
+        """Keep what is there after that step, and nothing earlier."""
         if self.parts is None:
             return
         tensors = {}
         for name, p in self.trained.items():
             tensors[name] = p.detach()
-            tensors.update({f"{name}.{state}": optimizer.state[p][state] for state in STATES})
-        steps = int(next(iter(optimizer.state.values()))["step"])
+            tensors.update({f"{name}.{state}": tensor for state, tensor in optimizer.state.get(p, {}).items()})
         earlier = self._names()
-        self.parts.write(f"{EPOCH}{epoch}", tensors, {"mark": self.mark, "steps": steps})
+        self.parts.write(f"{STEP}{step}", tensors, {"mark": self.mark})
         for name in earlier:
             self.parts.remove(name)
 

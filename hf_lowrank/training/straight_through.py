@@ -8,6 +8,7 @@ from ..formats import FORMATS
 from ..integrations import LowRankConfig
 from ..integrations.planning import Gathered, informed_plan
 from ..integrations.verbs import describe, refuse_quantized
+from ..kinds import succeed
 from ._base import WeightCallback, add_buffer, remove_buffers, share, trainable_sites
 from ._straight_through import StraightThroughLinear, finish, refresh, straight_through_layers
 
@@ -94,7 +95,7 @@ class StraightThroughFactorizerCallback(WeightCallback):
                 )
             layer = StraightThroughLinear(model.get_submodule(site.name), site, _empty(site, specs[site.name], model))
             refresh(layer, recipe.method)
-            model.set_submodule(site.name, layer)
+            succeed(model, site.name, layer)
             add_buffer(model, layer, "stf_refreshed", torch.zeros((), dtype=torch.int64))
 
     def start(self, model):

@@ -106,9 +106,9 @@ import test_logits
 from test_logits import batches_of, logits, run, tiny_model
 write = logits._Kept.write
 
-def then_die(self, optimizer, epoch):
-    write(self, optimizer, epoch)
-    if epoch == {epoch}:
+def then_die(self, optimizer, step):
+    write(self, optimizer, step)
+    if step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
 
 logits._Kept.write = then_die
@@ -116,20 +116,43 @@ run({folder!r}, batches_of(tiny_model("llama")[1]))
 """
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_killed_and_resumed_gives_the_same_bits(epoch, tmp_path):
+@pytest.mark.parametrize("step", [2, 10, 18])
+def test_killed_and_resumed_gives_the_same_bits(step, tmp_path):
     batches = batches_of(tiny_model("llama")[1])
     expected = run(None, batches)
     here = Path(__file__).parent
-    code = KILLED.format(tests=[str(here), str(here.parent)], folder=str(tmp_path), epoch=epoch)
+    code = KILLED.format(tests=[str(here), str(here.parent)], folder=str(tmp_path), step=step)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in (tmp_path / "refine").iterdir()] == [f"epoch-{epoch}.safetensors"]
+    assert [path.name for path in (tmp_path / "refine").iterdir()] == [f"step-{step}.safetensors"]
     resumed = run(str(tmp_path), batches)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
-def test_a_finished_epoch_is_not_trained_again(tmp_path, monkeypatch):
+def test_a_parameter_that_nothing_has_reached_is_no_obstacle(tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def refined(folder):
+        model, inputs = tiny_model("llama")
+        model.model.layers[0].register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+        config = LowRankConfig(**OPTIONS, refine={"name": "logits", "epochs": 3})
+        return factorize(model, config, calibration=Calibration(batches_of(inputs), folder=folder)).state_dict()
+
+    def then_stop(self, optimizer, step):
+        write(self, optimizer, step)
+        if step == 10:
+            raise Stopped
+
+    expected, write = refined(None), logits._Kept.write
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(logits._Kept, "write", then_stop)
+        refined(str(tmp_path))
+    resumed = refined(str(tmp_path))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
+
+
+def test_finished_steps_are_not_taken_again(tmp_path, monkeypatch):
     batches = batches_of(tiny_model("llama")[1])
     expected = run(str(tmp_path), batches)
     monkeypatch.setattr(logits, "_divergence", lambda *args: pytest.fail("trained again"))
@@ -140,7 +163,7 @@ def test_a_finished_epoch_is_not_trained_again(tmp_path, monkeypatch):
 def test_the_folder_of_another_run_is_refused(tmp_path):
     inputs = tiny_model("llama")[1]
     run(str(tmp_path), batches_of(inputs))
-    with pytest.raises(CheckpointError, match=r"epoch-3.safetensors was written by another run"):
+    with pytest.raises(CheckpointError, match=r"step-18.safetensors was written by another run"):
         run(str(tmp_path), batches_of(inputs), learning_rate=0.5)
     with pytest.raises(CheckpointError, match="another run"):
         run(str(tmp_path), batches_of(inputs, 2))
