@@ -89,7 +89,7 @@ def site_factors(site, weight, rank, recipe, statistics, anchors=None):
 
 
 def measure_site(site, weight, recipe, statistics):
-    """The error curve of one site, summed over its copies.
+    """The error curve of one site, over all of its copies.
 
     Returns:
         `(min(out, in) + 1,)`, float64, on the CPU: the squared error at every rank from 0, the zero matrix, on.
@@ -100,7 +100,8 @@ def measure_site(site, weight, recipe, statistics):
         stats = _stats_of(site, recipe, statistics, device)
         for copy in weight:
             total += method.error_curve(copy.to(device), stats).cpu()
-    return total
+    # Statistics are of the tokens of all copies, each of which sees its part of them.
+    return total / site.copies if method.statistics else total
 
 
 @contextmanager

@@ -28,15 +28,16 @@ class Recipe:
         param_ratio (`float`, *optional*): parameters kept / parameters of the targeted linears, in (0, 1]. Defaults
             to 0.8 where no other budget is given. Biases do not count, except those a method adds. Where `allocation`
             counts latency: time taken / time of the dense linears.
-        target_params (`int`, *optional*): parameters the targeted linears may keep, at least 1.
+        target_params (`int`, *optional*): parameters the targeted linears may keep, those of `rank_pattern` apart, at
+            least 1.
         target_bytes (`int`, *optional*): bytes of the whole model's safetensors files, everything counted; met from
             below, to within one rank step of one weight. Where factors are quantized too, of those before that.
         rank (`int`, *optional*): the same rank for every target; at break-even and above a weight stays dense.
         energy (`float`, *optional*): share of the squared weight, in the method's metric, that every weight keeps at
             least, in (0, 1]; there is no budget then, and `allocation` is not asked.
         rank_pattern (`dict[str, int | "dense"]`, *optional*): module name, dotted suffix or regular expression ->
-            rank; wins over every budget. These weights do not count against the budget. Of weights that a method
-            factorizes as one, a rank for any is the rank of all.
+            rank; wins over every budget. Ratios and `target_params` are of the other weights; `target_bytes` is of
+            all. Of weights that a method factorizes as one, a rank for any is the rank of all.
         allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of the budget; by default what
             suits the method: `"knapsack"` for `kfac_svd`, whose errors compare between layers, else `"uniform"`.
         format (`str`, *optional*): how factors are stored; by default the method's own format, or one that the layer

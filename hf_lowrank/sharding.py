@@ -19,8 +19,7 @@ def refuse_sharded(parameters, what="mixed-rank layers"):
     for name, parameter in parameters.items():
         if hasattr(parameter, "ds_id"):
             raise TargetError(
-                f"DeepSpeed ZeRO-3 has split {name}, and {what} need whole weights; use ZeRO stage 2 or less, or "
-                "DistributedDataParallel."
+                f"DeepSpeed ZeRO-3 has split {name}, and {what} need whole weights; use DistributedDataParallel."
             )
         if isinstance(parameter, DTensor):
             raise TargetError(

@@ -40,7 +40,7 @@ def anchored(model, plan, make, batches):
     """
     members = list(plan.members.values())
     names = block_names(model, [site.name for site in members])
-    twin = twin_of(model, members, names)
+    twin = twin_of(model)
     made = {}
     with ExitStack() as stack:
         for one in (model, twin):

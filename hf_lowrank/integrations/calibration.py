@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +16,9 @@ from ..errors import CalibrationError, ConfigError
 from ..statistics import Statistics
 from .data import read_texts
 from .self_samples import sample_from
+
+
+logger = logging.getLogger(__name__)
 
 
 SELF = "self"
@@ -183,8 +187,9 @@ def described(calibration, given, seed):
     """JSON about all of the data: `given` is about the part that the model does not write."""
     if not calibration.drawn:
         return given
-    facts = {"samples": calibration.samples, "length": calibration.length, "temperature": calibration.temperature}
+    facts = {"samples": calibration.drawn, "length": calibration.length, "temperature": calibration.temperature}
     if calibration.sampled:
+        facts["samples"] += given["samples"]
         facts["sampled"] = calibration.sampled
     return {"data": SELF, **given, **facts, "seed": seed}
 
@@ -199,8 +204,19 @@ def _given_batches(calibration, model, tokenizer):
         texts, name = data, f"{len(data)} texts"
     else:
         return [data] if isinstance(data, Mapping) else data, {"data": "batches"}
-    batches, digest = _text_batches(texts, tokenizer(), calibration, model)
-    return batches, {"samples": calibration.samples, "length": calibration.length, "data": name, "sha256": digest}
+    batches, length, digest = _text_batches(texts, tokenizer(), calibration, model)
+    samples = sum(len(batch["input_ids"]) for batch in batches)
+    if samples * length < calibration.samples * calibration.length / 2 and is_causal(model):
+        logger.warning(
+            "`calibration`=%s gives %d sequences of %d tokens where %d of %d were asked for; give more text, or lower "
+            "`samples` and `length` of Calibration.",
+            name,
+            samples,
+            length,
+            calibration.samples,
+            calibration.length,
+        )
+    return batches, {"samples": samples, "length": length, "data": name, "sha256": digest}
 
 
 def load_tokenizer(path, argument="calibration", error=CalibrationError, **hub):
@@ -230,7 +246,7 @@ def is_causal(model):
 
 
 def _text_batches(texts, tokenizer, calibration, model):
-    """`(batches, sha256 of the texts used)`.
+    """`(batches, longest sequence, sha256 of the texts used)`.
 
     A causal language model reads contiguous blocks without padding, made of the texts joined by blank lines, as in
     pre-training. Other models read one text a sample, with their special tokens, padded to the longest of a batch.
@@ -249,7 +265,7 @@ def _text_batches(texts, tokenizer, calibration, model):
             )
             for i in range(0, len(chosen), size)
         ]
-        return batches, digest.hexdigest()
+        return batches, length, digest.hexdigest()
     wanted, ids = calibration.samples * length, []
     for text in texts:
         digest.update(text.encode())
@@ -261,7 +277,7 @@ def _text_batches(texts, tokenizer, calibration, model):
     length = min(length, len(ids))
     count = min(len(ids) // length, calibration.samples)
     blocks = torch.tensor(ids[: count * length]).view(count, length)
-    return _blocks(blocks, calibration), digest.hexdigest()
+    return _blocks(blocks, calibration), length, digest.hexdigest()
 
 
 def _max_length(model):

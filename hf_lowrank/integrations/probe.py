@@ -175,7 +175,7 @@ class _ModelProbe(Probe):
             yield rows, float(output["loss"]) if count else None, count
 
     def _rows(self, logits):
-        mask = self._masks.labelled()
+        mask = self._masks.of_output(logits)
         if mask is not None and mask.shape == logits.shape[:-1]:
             return logits[mask.to(logits.device)]
         return logits.reshape(-1, logits.shape[-1])

@@ -6,6 +6,7 @@ from ..blocks import block_names
 from ..formats import FORMATS
 from ..replace import Made, put
 from ..statistics.collect import call_arguments
+from ..surgery import match_sites, pattern_for
 from .progress import bar
 from .twin import twin_of
 
@@ -29,7 +30,7 @@ def refined(model, plan, made, config, batches, folder=None):
     """
     sites = list(plan.members.values())
     names = block_names(model, [site.name for site in sites])
-    twin = twin_of(model, sites, names)
+    twin = twin_of(model, trainable(model, plan, config, names))
     config.refine.refine(
         twin,
         sites,
@@ -48,6 +49,27 @@ def refined(model, plan, made, config, batches, folder=None):
             if name in own and own[name] is not parameter:
                 own[name].copy_(parameter)
     return found
+
+
+def trainable(model, plan, config, names):
+    """Full names of the parameters inside the blocks `names` that are trained beside the factors.
+
+    Norms and biases are, and weights that the budget has left dense. What the user has left out or pinned as dense is
+    not, nor is any other matrix, as of a router, and nothing else of a module that holds one.
+    """
+    free = {
+        site.weight_name
+        for site in match_sites(model, config.target_modules, config.exclude_modules)
+        if site.name in plan.members
+        or (site.name in plan.dense and pattern_for(site.name, config.rank_pattern) is None)
+    }
+    found = set()
+    for path, module in model.named_modules():
+        if any(f"{path}.".startswith(f"{block}.") for block in names):
+            own = {f"{path}.{name}": p for name, p in module.named_parameters(recurse=False)}
+            if all(p.ndim < 2 or name in free for name, p in own.items()):
+                found.update(own)
+    return found - {site.weight_name for site in plan.members.values()}
 
 
 def arguments_of(model, refinement, batches):

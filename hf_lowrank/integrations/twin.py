@@ -5,13 +5,12 @@ import copy
 from ..errors import ResourceError
 
 
-def twin_of(model, sites, names):
-    """A copy of `model` that shares every parameter but the small ones inside its blocks, which may be trained.
+def twin_of(model, own=()):
+    """A copy of `model` that shares every parameter but some.
 
     Args:
         model (`torch.nn.Module`): dense.
-        sites (`list[Site]`): what will be replaced in the twin, and is shared until then.
-        names (`list[str]`): the blocks.
+        own (`Iterable[str]`): full names of the parameters that the twin has copies of, which may be trained.
 
     Raises:
         ResourceError: the model is split over processes.
@@ -21,10 +20,6 @@ def twin_of(model, sites, names):
             "`refine` and anchored methods run whole blocks of the dense and the compressed model side by side, and "
             "this model is split over processes; factorize on one device, save, and load the result in parallel."
         )
-    dense = {site.weight_name for site in sites}
-    memo = {
-        id(parameter): parameter
-        for name, parameter in model.named_parameters()
-        if name in dense or not any(name.startswith(f"{block}.") for block in names)
-    }
-    return copy.deepcopy(model, memo)
+    copied = {id(model.get_parameter(name)) for name in own}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in copied}
+    return copy.deepcopy(model, shared)

@@ -19,7 +19,7 @@ class KfacSVD(Method):
 
     Minimises the second-order change of the loss, with the Fisher matrix approximated as a Kronecker product:
 
-        min_{rank r} tr(G (W - W') C (W - W')^T),    C = X^T X,    G = sum_t g_t g_t^T = R R^T,
+        min_{rank r} tr(G (W - W') C (W - W')^T),    C = X^T X,    G = mean_t g_t g_t^T = R R^T,
         M = R^T W,    U = eig_r(M C M^T),    left = R^-T U,    right = U^T M,
         minimum = sum_{i > r} eig_i(M C M^T).
 

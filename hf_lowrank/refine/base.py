@@ -14,8 +14,10 @@ from ..registry import Registry
 
 REFINEMENTS = Registry("refine")
 register_refinement = REFINEMENTS.register
-# What tells tokens from padding.
+# What tells tokens from padding: of the only or first stack of blocks, and of a decoder behind it.
 MASKS = ("attention_mask", "decoder_attention_mask")
+# The label of what a loss leaves out.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,28 @@ def in_eval(model):
             module.training = True
 
 
-def token_mask(batch, tokens):
-    """The real tokens of a batch, boolean and of the shape `tokens`, or `None` where all are."""
-    masks = [batch.get(key) for key in MASKS]
-    fitting = [m for m in masks if isinstance(m, torch.Tensor) and m.shape == tokens]
-    return fitting[0].bool() if fitting else None
+def token_mask(batch, tokens, decoder=False):
+    """The real tokens of a batch, or `None` where all are.
+
+    Args:
+        batch (`dict`): arguments of a model's forward.
+        tokens (`torch.Size`): the shape of the mask.
+        decoder (`bool`, defaults to `False`): of what the decoder of an encoder-decoder reads; without a mask of it,
+            what has a label.
+
+    Returns:
+        A boolean tensor of the shape `tokens`, or `None`.
+    """
+    mask = batch.get(MASKS[decoder])
+    if decoder and mask is None and isinstance(batch.get("labels"), torch.Tensor):
+        mask = batch["labels"] != IGNORED
+    return mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == tokens else None
+
+
+def predicted_tokens(model, batch, predictions):
+    """The mask of the tokens that `model` makes predictions `(..., classes)` of; see [`token_mask`]."""
+    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return token_mask(batch, predictions.shape[:-1], decoder)
 
 
 def read_part(parts, name, mark):

@@ -17,9 +17,10 @@ class BlockRefinement(Descent):
         min over all parameters of block'    mean_t |block'(x'_t) - block(x_t)|^2 / |block(x_t)|^2
 
     `x` comes from the dense blocks in front, `x'` from the compressed ones, so that every block also makes up for the
-    errors before it. Factors, biases and norms are trained, in float32 whatever they are stored in. One block is
-    trained at a time: beside the dense model this takes its gradients and optimizer states, and two hidden states for
-    every calibration token.
+    errors before it. Factors, biases, norms, and weights that the budget has left dense are trained, in float32
+    whatever they are stored in; what `exclude_modules` or `rank_pattern` keeps, and routers, stay as they are. One
+    block is trained at a time: beside the dense model this takes its gradients and optimizer states, and two hidden
+    states for every calibration token.
 
     Args:
         epochs (`int`, defaults to 6): passes over the calibration data for each block, at least 0.
@@ -65,10 +66,12 @@ class BlockRefinement(Descent):
             for site in sites:
                 if not any(site in block for block in inside.values()):
                     replace(site)
+        fixed = set() if teacher is None else {id(p) for p in teacher.parameters()}
         steps = iter(progress(names) if progress else names)
         for chain, source in zip(chains, dense, strict=True):
             with torch.no_grad():
                 record(model, chain, runs())
+            masks = _masks(batches, chain.inputs, _in_decoder(model, chain.names[0]))
             for name in chain.names:
                 next(steps)
                 block = model.get_submodule(name)
@@ -76,16 +79,16 @@ class BlockRefinement(Descent):
                     source.advance(block, name)
                     for site in inside[name]:
                         replace(site)
-                self._refine_block(block, name, chain, source, _masks(batches, chain.inputs), seed, folder)
+                self._refine_block(block, name, chain, source, masks, fixed, seed, folder)
                 with torch.no_grad():
                     chain.advance(block, name)
         next(steps, None)
 
-    def _refine_block(self, block, name, chain, source, masks, seed, folder):
+    def _refine_block(self, block, name, chain, source, masks, fixed, seed, folder):
         """Train one block, or take what an earlier call has saved of it."""
         calls, inputs, targets = [calls[name] for calls in chain.calls], chain.inputs, source.inputs
         if folder is None:
-            self._train(block, name, calls, inputs, targets, masks, seed)
+            self._train(block, name, calls, inputs, targets, masks, fixed, seed)
             return
         parts = Parts(folder, {})
         # Everything that decides what training gives: nothing else may be taken for its result.
@@ -94,11 +97,11 @@ class BlockRefinement(Descent):
             with torch.no_grad():
                 block.load_state_dict(read_part(parts, name, mark)[0])
             return
-        self._train(block, name, calls, inputs, targets, masks, seed)
+        self._train(block, name, calls, inputs, targets, masks, fixed, seed)
         parts.write(name, block.state_dict(), {"mark": mark})
 
-    def _train(self, block, name, calls, inputs, targets, masks, seed):
-        parameters = [p for p in block.parameters() if p.is_floating_point()]
+    def _train(self, block, name, calls, inputs, targets, masks, fixed, seed):
+        parameters = [p for p in block.parameters() if p.is_floating_point() and id(p) not in fixed]
         buffers = {key: buffer.dtype for key, buffer in block.named_buffers()}
         generator = torch.Generator().manual_seed(seed)
         with in_training(block, parameters):
@@ -131,9 +134,16 @@ def _relative_error(output, target, mask):
     return (error / size.clamp(min=torch.finfo(size.dtype).tiny)).mean()
 
 
-def _masks(batches, inputs):
+def _in_decoder(model, name):
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    block = model.get_submodule(name)
+    return any(module is block for module in model.get_decoder().modules())
+
+
+def _masks(batches, inputs, decoder):
     """For each batch the real tokens among the rows of the hidden state, or `None` where all are."""
-    masks = [token_mask(batch, x.shape[:-1]) for batch, x in zip(batches, inputs, strict=True)]
+    masks = [token_mask(batch, x.shape[:-1], decoder) for batch, x in zip(batches, inputs, strict=True)]
     return [None if m is None else m.to(x.device) for m, x in zip(masks, inputs, strict=True)]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import ConfigError, NonFiniteError
 from ..parts import Parts, digest_of_batches, digest_of_model
-from .base import Descent, in_eval, in_training, read_part, register_refinement, token_mask
+from .base import Descent, in_eval, in_training, predicted_tokens, read_part, register_refinement
 from .distillation import logit_loss
 
 
@@ -26,9 +26,10 @@ class LogitRefinement(Descent):
 
         min over all parameters inside blocks    mean_t KL(softmax(model(x)_t) || softmax(model'(x)_t))
 
-    Factors, and the biases and norms of their blocks, are trained, in float32 whatever they are stored in; a model in
-    half precision computes in its own. Beside the dense model this takes gradients and optimizer states of all of
-    them, the activations of a step, and about six times its logits.
+    Factors, and in their blocks the biases, norms, and weights that the budget has left dense, are trained, in float32
+    whatever they are stored in; a model in half precision computes in its own. What `exclude_modules` or
+    `rank_pattern` keeps, and routers, stay as they are. Beside the dense model this takes gradients and optimizer
+    states of all that is trained, the activations of a step, and about six times its logits.
 
     Args:
         epochs (`int`, defaults to 1): passes over the calibration data, at least 0. So many parameters learn little
@@ -155,4 +156,4 @@ def _divergence(model, teacher, batch, half):
         predicted = model(**batch)["logits"]
     with torch.no_grad():
         expected = teacher(**batch)["logits"]
-    return logit_loss(predicted, expected, token_mask(batch, predicted.shape[:-1]))
+    return logit_loss(predicted, expected, predicted_tokens(model, batch, predicted))

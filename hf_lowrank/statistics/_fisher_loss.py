@@ -12,29 +12,35 @@ from .masks import batch_size
 ROWS = 256
 
 
-def fisher_backward(output, mask, generator):
+def fisher_backward(output, mask_of, generator, problem_type=None):
     """Run the negative log-likelihood, summed over tokens, of labels drawn from the model's own predictions backward.
 
-        d loss / d logits = softmax(logits) - one_hot(label)
+        d loss / d logits = softmax(logits) - one_hot(label),    of several labels at once sigmoid(logits) - labels
 
-    Without logits (a base model), the sum of the outputs with Gaussian weights, whose gradients have the same second
-    moments as those of a Gaussian likelihood.
+    Where there are as many predictions as places in an image, classes are in dimension 1 of four. Without logits (a
+    base model) and in a regression, the sum of the outputs with Gaussian weights, whose gradients have the same second
+    moments as those of a Gaussian likelihood; outputs of padding have no weight.
 
     Args:
         output (`ModelOutput`): what the model returned.
-        mask (`torch.Tensor`, *optional*): the tokens that count.
+        mask_of (`Callable`): gives the tokens of an output that count, or `None` for all.
         generator (`torch.Generator`): of the labels or weights.
+        problem_type (`str`, *optional*): what transformers' config says under this name.
 
     Raises:
         StatisticsError: predictions that are NaN or infinite.
     """
     tensors = loss_tensors(output)
     logits = _logits(output)
-    if logits is None or logits.shape[-1] == 1:
+    if logits is None or logits.shape[-1] == 1 or problem_type == "regression":
         tensors = [t for t in tensors if t.requires_grad]
-        gradients = [torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in tensors]
+        gradients = [_gaussian_gradient(t, mask_of(t), generator) for t in tensors]
+    elif problem_type == "multi_label_classification":
+        gradients = [_bernoulli_gradient(logits.detach(), generator)]
+    elif logits.ndim == 4:
+        gradients = [_likelihood_gradient(logits.detach().movedim(1, -1), None, generator).movedim(-1, 1)]
     else:
-        gradients = [_likelihood_gradient(logits.detach(), mask, generator)]
+        gradients = [_likelihood_gradient(logits.detach(), mask_of(logits), generator)]
     torch.autograd.backward(tensors, gradients)
 
 
@@ -46,6 +52,24 @@ def loss_tensors(output):
 
 def _logits(output):
     return output.get("logits") if isinstance(output, Mapping) else None
+
+
+def _gaussian_gradient(output, mask, generator):
+    gradient = torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
+    return _of_tokens(gradient, mask)
+
+
+def _bernoulli_gradient(logits, generator):
+    probabilities = logits.float().sigmoid()
+    labels = torch.rand(logits.shape, generator=generator, device=logits.device) < probabilities
+    return (probabilities - labels.float()).to(logits.dtype)
+
+
+def _of_tokens(gradient, mask):
+    """`gradient` with zeros for what is not in `mask`, where that tells its rows apart."""
+    if mask is not None and mask.shape == gradient.shape[:-1]:
+        gradient[~mask.to(gradient.device)] = 0
+    return gradient
 
 
 def _likelihood_gradient(logits, mask, generator):
@@ -66,9 +90,7 @@ def _likelihood_gradient(logits, mask, generator):
         thresholds = total * torch.rand(total.shape, generator=generator, device=total.device)
         labels = torch.searchsorted(cumulated, thresholds, right=True).clamp(max=logits.shape[-1] - 1)
         target.copy_(probabilities.scatter_add_(-1, labels, -torch.ones_like(total)))
-    if mask is not None and mask.shape == logits.shape[:-1]:
-        gradient[~mask.to(gradient.device)] = 0
-    return gradient
+    return _of_tokens(gradient, mask)
 
 
 def labelled_backward(output, batch):

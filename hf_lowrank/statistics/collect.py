@@ -73,7 +73,8 @@ def prepared(model, backward):
 def run_backward(collector, output, batch, generator):
     """Run the loss that the statistics of `collector` are of backward."""
     if not (collector.of_labels and labelled_backward(output, batch)):
-        fisher_backward(output, collector.masks.labelled(), generator)
+        problem_type = getattr(getattr(collector.model, "config", None), "problem_type", None)
+        fisher_backward(output, collector.masks.of_output, generator, problem_type)
 
 
 def collect(model, sites, names, batches, provenance=None, progress=None, seed=0, processes=None):

@@ -15,11 +15,13 @@ ROUNDING = 1e-3
 class GradientGram(Gram, Statistic):
     r"""Second moment of the loss gradients at a layer's outputs, one gradient a token.
 
-        G = sum_t g_t g_t^T,    g_t = d loss / d y_t `(out,)`
+        G = mean_t g_t g_t^T,    g_t = d loss / d y_t `(out,)`
 
-    The loss is the negative log-likelihood of labels drawn from the model's own predictions, so that G estimates the
-    output side of the Kronecker-factored Fisher matrix and not the fit to some text. Norms are clipped to
-    [0.1, 10] times the mean norm of the batch: a few tokens would otherwise decide.
+    The loss is the negative log-likelihood of labels drawn from the model's own predictions, summed over tokens, so
+    that G estimates the output side of the Kronecker-factored Fisher matrix and not the fit to some text. A mean over
+    as many tokens as `input_gram` is a sum of: their Kronecker product is then the Fisher matrix of all tokens, also
+    where layers see different numbers of them (encoder and decoder, experts). Norms are clipped to [0.1, 10] times the
+    mean norm of the batch: a few tokens would otherwise decide.
 
     Shapes:
         result `(out, out)`, symmetric, float64.
@@ -31,6 +33,10 @@ class GradientGram(Gram, Statistic):
 
     sees = (GRADIENTS,)
 
+    def __init__(self, features, device):
+        super().__init__(features, device)
+        self._rows = torch.zeros((), dtype=torch.float64, device=device)
+
     @staticmethod
     def shape(out_features, in_features):
         return (out_features, out_features)
@@ -39,7 +45,15 @@ class GradientGram(Gram, Statistic):
     def join(cls, tensors):
         return torch.block_diag(*tensors)
 
+    def combine(self, add):
+        super().combine(add)
+        self._rows = add(self._rows)
+
+    def result(self):
+        return super().result() / self._rows.clamp(min=1)
+
     def update(self, rows):
+        self._rows += len(rows)
         rows = rows.float()
         norms = rows.norm(dim=1)
         positive = norms > 0

@@ -120,9 +120,9 @@ class Masks:
         time_first = tensor.ndim == 3 and tensor.shape[0] != self._samples and tensor.shape[1] == self._samples
         return sample.repeat(each) if time_first else sample.repeat_interleave(each)
 
-    def labelled(self):
-        """The mask of the tokens that the model predicts, `None` for all."""
-        return self._second if self._decoder else self._first
+    def of_output(self, tensor):
+        """The mask of the tokens in something the model gives, `None` for all."""
+        return self._second if self._decoder and not self.is_encoded(tensor) else self._first
 
     def _routed(self, token_index, tokens):
         masks = [mask for mask in (self._first, self._second) if mask is not None and not mask.all()]

@@ -25,7 +25,8 @@ class BasisSelectionCallback(WeightCallback):
     of the run, `pruning_steps` events at equal distances keep, in each layer, the smallest set of bases whose
     importance sums up to `keep_mass^(1 / pruning_steps)` of that of all that are left; w of the others becomes zero
     and stays so. The rest of the run makes up for it. When training ends, layers become two factors (`low_rank`),
-    without the bases that are out and with their biases; a layer that is not smaller than dense becomes dense.
+    without the bases that are out and with their biases; a layer that is not smaller than dense becomes dense. What
+    asked for gradients before does so again.
 
     A dense model gets its bases when `Trainer` is made. They are the format `weighted_bases`, so that every checkpoint
     of the run loads with plain `from_pretrained`. Which bases are out is read off w, and importance is kept in
@@ -111,9 +112,12 @@ class BasisSelectionCallback(WeightCallback):
         self.seed = seed
         # Bases that are out, by layer, while an optimizer step goes on.
         self._out = {}
+        # Parameters that asked for gradients before the bases were made.
+        self._trained = set()
 
     def register(self, model):
         if not _layers(model):
+            self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
             sites = trainable_sites(model, self.target_modules, self.exclude_modules)
             for site in sites if self.extra_rank else ():
                 check_rank(self.extra_rank, site.out_features, site.in_features, f"the bases added to {site.name}")
@@ -176,7 +180,8 @@ class BasisSelectionCallback(WeightCallback):
         layers = _layers(model)
         self._out = {name: layer.scale == 0 for name, layer in layers.items()}
         if self.importance == "taylor2":
-            for layer in layers.values():
+            # Without a gradient, the loss does not depend on the layer in this step.
+            for layer in (layer for layer in layers.values() if layer.scale.grad is not None):
                 change = layer.scale.grad.float() * layer.scale.float()
                 self._scores(layer).add_(change.square() / 2 - change)
 
@@ -195,8 +200,8 @@ class BasisSelectionCallback(WeightCallback):
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         remove_buffers(model, self.prefix)
-        ranks = {}
-        for name, layer in _layers(model).items():
+        ranks, trained_layers = {}, _layers(model)
+        for name, layer in trained_layers.items():
             count = layer.factors()[0].shape[1]
             rank = -(-count // self.rank_multiple) * self.rank_multiple
             if rank >= LowRankLinear.break_even(layer.out_features, layer.in_features):
@@ -209,6 +214,10 @@ class BasisSelectionCallback(WeightCallback):
             truncate(model, rank_pattern=pattern, format=LowRankLinear.name)
         else:
             to_dense(model)
+        made = tuple(f"{name}." for name in trained_layers if f"{name}.weight" in self._trained)
+        for name, p in model.named_parameters():
+            if name in self._trained or name.startswith(made):
+                p.requires_grad_(True)
 
     def _prune(self, layer):
         if self.importance == "taylor2":

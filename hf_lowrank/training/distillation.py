@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer
 
 from ..errors import ConfigError
+from ..refine.base import predicted_tokens
 from ..refine.distillation import hidden_loss, logit_loss, token_contrastive_loss
 
 
@@ -67,23 +68,23 @@ class DistillationTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         chosen = self.distillation
         states = bool(chosen.hidden or chosen.contrastive)
-        outputs = model(**inputs, output_hidden_states=states)
+        asked = {**inputs, "output_hidden_states": True} if states else inputs
+        outputs = model(**asked)
         with torch.no_grad():
-            targets = self.teacher(**inputs, output_hidden_states=states)
+            targets = self.teacher(**asked)
         if outputs["logits"].shape != targets["logits"].shape:
             raise ConfigError(
                 f"`teacher` predicts {tuple(targets['logits'].shape)}, the model {tuple(outputs['logits'].shape)}; "
                 "use the model that was compressed."
             )
-        mask = inputs.get("attention_mask")
-        tokens = mask.bool() if mask is not None and mask.shape == outputs["logits"].shape[:-1] else None
+        tokens = predicted_tokens(self.teacher, inputs, outputs["logits"])
         loss = outputs["logits"].new_zeros((), dtype=torch.float32)
         if chosen.task:
             loss = loss + chosen.task * outputs["loss"].float()
         if chosen.logits:
             loss = loss + chosen.logits * logit_loss(outputs["logits"], targets["logits"], tokens, chosen.temperature)
         if states:
-            one, other = outputs["hidden_states"], targets["hidden_states"]
+            one, other = (found.get("decoder_hidden_states") or found["hidden_states"] for found in (outputs, targets))
             mask = tokens if tokens is not None and tokens.shape == one[-1].shape[:-1] else None
             if chosen.hidden:
                 loss = loss + chosen.hidden * hidden_loss(one, other, mask)
@@ -91,4 +92,9 @@ class DistillationTrainer(Trainer):
                 loss = loss + chosen.contrastive * token_contrastive_loss(
                     one[-1], other[-1], mask, chosen.contrastive_temperature
                 )
-        return (loss, outputs) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        if states:
+            # What the losses asked for is no prediction.
+            outputs = type(outputs)(**{key: x for key, x in outputs.items() if not key.endswith("hidden_states")})
+        return loss, outputs

@@ -1,5 +1,7 @@
 """One model trained with ordered dropout, at many sizes: which ranks a budget allows, and the cut."""
 
+import torch
+
 from ..checks import check_number, is_integer
 from ..errors import ConfigError, RankError, TargetError
 from ..integrations import to_dense
@@ -12,11 +14,12 @@ from ._components import component_layers, importance
 def maestro_ranks(model, param_ratio):
     r"""Ranks of a budget, found without training: the least important components go first, of whatever layer.
 
-        importance of component b of a layer = |left[:, b:]|_F |right[b:]|_F
+        importance of component b of a layer = |left[:, b:]|_F |right[b:]|_F / (|left|_F |right|_F)
 
-    That is what [`MaestroCallback`] compares with its threshold, so that these are the ranks of the smallest threshold
-    that meets the budget; those of a smaller budget are never higher. The model is left as it is: copy it, and give
-    the copy and the ranks to [`keep_leading`].
+    A share, so that layers count alike whatever the scale of their weights, which says nothing about the loss: by the
+    product itself, which [`MaestroCallback`] compares with its threshold, whole layers of small weights are cut to
+    rank 1. Ranks of a smaller budget are never higher. The model is left as it is: copy it, and give the copy and the
+    ranks to [`keep_leading`].
 
     Args:
         model (`torch.nn.Module`): with `low_rank` layers whose components are in order of importance.
@@ -31,7 +34,7 @@ def maestro_ranks(model, param_ratio):
         TargetError: no `low_rank` layer, or one that carries adapters.
 
     Reference:
-        Maestro, 2308.14929, ICML 2024, exports by a greedy search; ordering by this product is reconstructed.
+        Maestro, 2308.14929, ICML 2024, exports by a greedy search; ordering by this share is reconstructed.
     """
     check_number("param_ratio", param_ratio, 0, 1, open_low=True)
     layers = _layers(model)
@@ -39,7 +42,7 @@ def maestro_ranks(model, param_ratio):
     order = sorted(
         (value, -rank, name)
         for name, layer in layers.items()
-        for rank, value in enumerate(importance(layer).double().tolist(), 1)
+        for rank, value in enumerate(_shares(layer), 1)
         if rank > 1
     )
     ranks = {name: layer.rank for name, layer in layers.items()}
@@ -93,6 +96,11 @@ def keep_leading(model, ranks):
             dense_kind(layer).to_dense(model, name)
     # What is dense altogether is an ordinary model, for transformers too.
     return model if factorized(model) else to_dense(model)
+
+
+def _shares(layer):
+    found = importance(layer).double()
+    return (found / found[0].clamp(min=torch.finfo(found.dtype).tiny)).tolist()
 
 
 def _layers(model):

@@ -4,6 +4,7 @@ from transformers import Trainer
 
 from ..checks import check_boolean, check_number
 from ..errors import ConfigError
+from ..refine.base import predicted_tokens
 from ..refine.distillation import logit_loss
 from ._components import component_layers, tails
 from ._gates import open_gates
@@ -90,6 +91,4 @@ class MaestroTrainer(Trainer):
             raise ConfigError(
                 "`full_pass`=True compares distributions, and this model puts out one number; use full_pass=False."
             )
-        mask = inputs.get("attention_mask")
-        tokens = mask.bool() if mask is not None and mask.shape == full.shape[:-1] else None
-        return loss + logit_loss(truncated, full.detach(), tokens), outputs
+        return loss + logit_loss(truncated, full.detach(), predicted_tokens(inner, inputs, full)), outputs

@@ -6,8 +6,9 @@ from transformers.trainer_callback import ExportableState
 from ..checks import check_choice, check_integer, check_number
 from ..draws import draw, two_branch_layers
 from ..errors import ConfigError, TargetError
+from ..refine.base import predicted_tokens
 from ..refine.distillation import logit_loss
-from ..sharding import refuse_sharded
+from ..sharding import refuse_fsdp, refuse_sharded
 from ._passes import Computed, refuse_two_passes, replaced_forward
 
 
@@ -65,6 +66,12 @@ class MixedRankCallback(TrainerCallback, ExportableState):
                 f"MixedRankCallback finds no mixed-rank layer in this {type(model).__name__}; make some by "
                 "`peft.get_peft_model(model, MixedRankConfig(...))`, or leave the callback out."
             )
+        if args.deepspeed_plugin is not None:
+            raise ConfigError(
+                "DeepSpeed steps on flattened gradients, so that momentum would move the branch that is not drawn; "
+                "use DistributedDataParallel."
+            )
+        refuse_fsdp(model, "mixed-rank layers")
         refuse_sharded(dict(model.named_parameters()))
         if args.fp16:
             raise ConfigError(
@@ -141,12 +148,12 @@ class MixedRankTrainer(Trainer):
         with replaced_forward(inner, both):
             passes = [Computed(inner, lambda **batch: model(**batch)[0]), Computed(inner, lambda **_: outputs[1])]
             losses = [super(MixedRankTrainer, self).compute_loss(p, dict(inputs), False, None) for p in passes]
-        distance = self._distance(*(output["logits"] for output in outputs), inputs.get("attention_mask"))
+        one, other = (output["logits"] for output in outputs)
+        distance = self._distance(one, other, predicted_tokens(inner, inputs, one))
         loss = sum(losses) / 2 + self.consistency_weight / 2 * distance
         return (loss, outputs[0]) if return_outputs else loss
 
-    def _distance(self, one, other, mask):
-        tokens = mask.bool() if mask is not None and mask.shape == one.shape[:-1] else None
+    def _distance(self, one, other, tokens):
         if self.consistency == "mse":
             difference = (one.float() - other.float()).square()
             return 2 * (difference if tokens is None else difference[tokens]).mean()

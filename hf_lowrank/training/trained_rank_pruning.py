@@ -21,7 +21,7 @@ MODES = ("prox", "subgradient")
 
 
 class TrainedRankPruningCallback(WeightCallback):
-    r"""Projects weights to low rank every few optimizer steps, with a nuclear norm that lowers it further.
+    r"""Projects weights to low rank every few optimizer steps, with a nuclear norm that may lower it further.
 
         before step t, where t % period == 0:    U S V^T = svd(W),
         W <- U_r S_r V_r^T,    r = min {r : sum_{i <= r} S_i^2 >= energy sum_i S_i^2},
@@ -40,7 +40,9 @@ class TrainedRankPruningCallback(WeightCallback):
         energy (`float`, *optional*): share of the squared weight that a projection keeps, in (0, 1]; at 1 nothing is
             cut. Defaults to 0.98 where no `param_ratio` is given.
         period (`int`, defaults to 20): optimizer steps from one projection to the next, at least 1.
-        nuclear_weight (`float`, defaults to 3e-4): of the nuclear norm, at least 0.
+        nuclear_weight (`float`, defaults to 3e-4): of the nuclear norm, at least 0. `"prox"` takes the learning rate
+            times this off every singular value: the default, which is the paper's for SGD, is too little to see at
+            the learning rates of AdamW.
         nuclear_mode (`str`, defaults to `"prox"`): `"prox"` or `"subgradient"`.
         param_ratio (`float`, *optional*): instead of `energy`, the same fraction of its parameters for every weight,
             in (0, 1]: r = floor(param_ratio out in / (out + in)).

@@ -1,5 +1,6 @@
 """An adapter of ours as a LoRA adapter of the same update: no decomposition, nothing lost."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def to_lora(model, adapter_name="default"):
         state[f"{PREFIX}{name}.lora_A.weight"] = right.contiguous()
         state[f"{PREFIX}{name}.lora_B.weight"] = left.contiguous()
     most = max(ranks.values())
-    other = {name: rank for name, rank in ranks.items() if rank != most}
+    # By itself, a name would also be that of every module it ends.
+    other = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     lora = LoraConfig(
         r=most,
         lora_alpha=most,

@@ -32,7 +32,8 @@ def saved_type(peft_type):
 
     PEFT looks the value up before it reads anything else, and quotes it in the KeyError of a type it does not know.
     So the file names its type by a sentence, which PEFT of a stack without this package shows, and which this package
-    registers beside the plain type.
+    registers beside the plain type. It is the key of every adapter that was ever saved: another wording would be a
+    further key, and this one stays.
     """
     return (
         f"{peft_type.value} is a tuner of hf_lowrank: run `pip install -U 'hf-lowrank[peft]'` and `import hf_lowrank` "

@@ -43,6 +43,26 @@ def test_only_the_blocks_change_and_flags_stay(refine):
 
 
 @everyone
+def test_what_the_user_keeps_is_kept(refine):
+    """A weight that the budget leaves dense may move; one that is left out or pinned, and a router, may not."""
+    model, inputs = tiny_model("mixtral")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = LowRankConfig(
+        method="svd",
+        energy=0.999,
+        exclude_modules=["v_proj"],
+        rank_pattern={"o_proj": "dense", "q_proj": 8},
+        refine=refine,
+    )
+    factorize(model, config, calibration=batches_of(inputs))
+    moved = {name for name, p in model.named_parameters() if name in before and not torch.equal(p, before[name])}
+    dense = {name for name in before if name in dict(model.named_parameters()) and "k_proj" in name}
+    assert dense and dense <= moved
+    assert any("layernorm" in name for name in moved)
+    assert not [name for name in moved if "v_proj" in name or "o_proj" in name or ".gate." in name]
+
+
+@everyone
 def test_padding_is_not_trained_on(refine):
     model, _ = tiny_model("llama")
     ids = torch.randint(3, 90, (4, 9), generator=torch.Generator().manual_seed(0))

@@ -271,7 +271,8 @@ def test_gradient_gram_is_the_fisher_of_sampled_labels(name):
         mean = norms[norms > 0].mean()
         rows = torch.where(norms > 1e-3 * mean, rows * norms.clamp(0.1 * mean, 10 * mean) / norms, rows)
         gram = statistics.get(site.name, ["gradient_gram"])["gradient_gram"]
-        torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-3, atol=1e-6 * float(gram.abs().max()) + 1e-12)
+        expected = rows.T @ rows / len(rows)
+        torch.testing.assert_close(gram, expected, rtol=1e-3, atol=1e-6 * float(gram.abs().max()) + 1e-12)
 
 
 def test_gradients_leave_the_model_as_it_was():
@@ -296,14 +297,48 @@ def test_gradients_reach_every_architecture(name):
 
 def test_sampled_labels_follow_the_predictions():
     logits = torch.tensor([0.7, 0.2, 0.1, 1e-30]).log().expand(20000, 4).clone().requires_grad_()
-    fisher_backward({"logits": logits}, None, torch.Generator().manual_seed(0))
+    fisher_backward({"logits": logits}, lambda _: None, torch.Generator().manual_seed(0))
     labels = (logits.grad < 0).nonzero()[:, 1]
     share = torch.bincount(labels, minlength=4) / len(logits)
     torch.testing.assert_close(share, torch.tensor([0.7, 0.2, 0.1, 0.0]), rtol=0, atol=0.01)
 
 
+def test_several_labels_at_once_are_drawn_one_by_one():
+    logits = torch.tensor([2.0, 0.0, -1.0]).expand(20000, 3).clone().requires_grad_()
+    fisher_backward({"logits": logits}, lambda _: None, torch.Generator().manual_seed(0), "multi_label_classification")
+    p = logits[0].detach().sigmoid()
+    torch.testing.assert_close(logits.grad.square().mean(0), p * (1 - p), rtol=0.05, atol=0)
+
+
+def test_classes_of_places_in_an_image_are_in_front_of_them():
+    logits = torch.randn(50, 3, 20, 10, requires_grad=True)
+    fisher_backward({"logits": logits}, lambda _: None, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(50, 20, 10), rtol=0, atol=1e-5)
+    assert ((logits.grad < 0).sum(1) == 1).all()
+
+
 def test_gradients_of_masked_tokens_are_zero():
     logits = torch.randn(2, 3, 5, requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    fisher_backward({"logits": logits}, mask, torch.Generator().manual_seed(0))
+    fisher_backward({"logits": logits}, lambda _: mask, torch.Generator().manual_seed(0))
     assert torch.equal(logits.grad.abs().sum(-1) > 0, mask)
+
+
+def test_padding_has_no_gradient_in_a_model_without_predictions():
+    """Encoder and decoder outputs alike: what is masked is as if it were not there."""
+    from transformers import AutoModel
+
+    for name in ("bert", "t5"):
+        model = AutoModel.from_config(tiny_model(name)[0].config).eval()
+        ids = torch.randint(3, 90, (64, 6), generator=torch.Generator().manual_seed(0))
+        traces = []
+        for padding in (0, 30):
+            padded = torch.nn.functional.pad(ids, (0, padding))
+            batch = {"input_ids": padded, "attention_mask": (padded > 0).long()}
+            if name == "t5":
+                batch["decoder_input_ids"], batch["decoder_attention_mask"] = padded, batch["attention_mask"]
+            found = collect_statistics(model, [batch] * 4, method="kfac_svd")
+            grams = (found.get(site, ["gradient_gram"])["gradient_gram"] for site in found.leaders)
+            traces.append(torch.stack([gram.trace() for gram in grams]))
+        # Of random labels, drawn anew: equal but for their noise.
+        torch.testing.assert_close(traces[1], traces[0], rtol=0.35, atol=1e-9)

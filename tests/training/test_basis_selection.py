@@ -38,7 +38,8 @@ class Watch(TrainerCallback):
         self.live, self.changes, self.end = [], [], None
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        change = {name: layer.scale.grad.double() * layer.scale.double() for name, layer in layers_of(model).items()}
+        layers = {name: layer for name, layer in layers_of(model).items() if layer.scale.grad is not None}
+        change = {name: layer.scale.grad.double() * layer.scale.double() for name, layer in layers.items()}
         self.changes.append({name: (c.square() / 2 - c).detach() for name, c in change.items()})
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -278,3 +279,14 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
         BasisSelectionCallback().on_init_end(SimpleNamespace(fp16=True), None, None, model=tiny_model("llama")[0])
     with pytest.raises(TargetError, match="finds no layer with bases in this LlamaForCausalLM"):
         BasisSelectionCallback().on_train_begin(None, TrainerState(), None, model=tiny_model("llama")[0])
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor2"])
+def test_a_layer_that_is_not_used_is_no_obstacle_and_all_is_trained_again(tmp_path, importance):
+    model = tiny_model("llama")[0]
+    model.model.register_module("unused", nn.Linear(16, 16))
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[1].self_attn.v_proj.requires_grad_(True)
+    trainer, _ = run(tmp_path, model, importance=importance, extra_rank=2)
+    frozen = {name for name, p in trainer.model.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.embed_tokens.weight"}

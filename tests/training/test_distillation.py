@@ -85,3 +85,36 @@ def test_another_vocabulary_is_refused(pair, tmp_path):
 def test_options_are_checked(options):
     with pytest.raises(ConfigError, match="Distillation"):
         Distillation(**options)
+
+
+def test_what_the_losses_asked_for_is_no_prediction(pair, tmp_path):
+    shapes = []
+
+    def measure(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {}
+
+    student, teacher = pair
+    arguments = TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True)
+    options = {"eval_dataset": examples(8), "compute_metrics": measure, "distillation": Distillation(hidden=0.1)}
+    DistillationTrainer(student, arguments, teacher=teacher, **options).evaluate()
+    assert shapes == [(8, 12, 96)]
+
+
+@pytest.mark.parametrize("distillation", [Distillation(), Distillation(hidden=1.0, contrastive=1.0)])
+def test_padding_of_a_decoder_does_not_count(tmp_path, distillation):
+    """Whatever the encoder's mask is, and of whatever length."""
+    teacher, _ = tiny_model("t5")
+    student = factorize(copy.deepcopy(teacher), LowRankConfig(method="svd", param_ratio=0.4, rank_multiple=1))
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = DistillationTrainer(student.eval(), arguments, teacher=teacher, distillation=distillation)
+    generator = torch.Generator().manual_seed(0)
+    for length in (6, 9):
+        ids = torch.randint(3, 90, (3, length), generator=generator)
+        labels = torch.randint(3, 90, (3, 6), generator=generator)
+        labels[:, 2:] = -100
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.no_grad():
+            padded = trainer.compute_loss(student, {**batch, "labels": labels})
+            cut = trainer.compute_loss(student, {**batch, "labels": labels[:, :2].contiguous()})
+        torch.testing.assert_close(padded, cut, rtol=1e-4, atol=1e-6)

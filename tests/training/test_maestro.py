@@ -291,14 +291,25 @@ def test_one_model_at_many_sizes(ordered, ratio, tmp_path):
         whole = layers[name]
         product = whole.left.weight[:, :rank] @ whole.right.weight[:rank]
         torch.testing.assert_close(layer.dense_weight(), product)
-    # The least of what is kept matters no less than the most of what goes.
+    # The least of what is kept matters no less, within its layer, than the most of what goes.
     kept = {name: rank for name, rank in ranks.items() if isinstance(small.get_submodule(name), LowRankLinear)}
-    gone = max(float(importance(layers[name])[rank]) for name, rank in kept.items())
-    assert all(float(importance(layers[name])[rank - 1]) >= gone for name, rank in kept.items() if rank > 1)
+    shares = {name: importance(layers[name]) / importance(layers[name])[0] for name in kept}
+    gone = max(float(shares[name][rank]) for name, rank in kept.items())
+    assert all(float(shares[name][rank - 1]) >= gone * (1 - 1e-6) for name, rank in kept.items() if rank > 1)
     small.save_pretrained(tmp_path)
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(again(**inputs).logits, small(**inputs).logits)
+
+
+def test_the_scale_of_a_weight_decides_nothing(ordered):
+    model, _ = ordered
+    scaled = copy.deepcopy(model)
+    name, layer = next(iter(component_layers(scaled).items()))
+    with torch.no_grad():
+        layer.left.weight.mul_(2**-10)
+    assert maestro_ranks(scaled, 0.4) == maestro_ranks(model, 0.4)
+    assert maestro_ranks(scaled, 0.4)[name] > 1
 
 
 def test_smaller_budgets_are_nested(ordered):

@@ -264,8 +264,9 @@ def test_the_trainers_options_are_checked(tmp_path):
             MixedRankTrainer(tiny_model("llama")[0], **options)
 
 
-def begin(callback, model, fp16=False, max_steps=10):
-    callback.on_train_begin(SimpleNamespace(fp16=fp16), TrainerState(max_steps=max_steps), None, model=model)
+def begin(callback, model, fp16=False, deepspeed=None, max_steps=10):
+    arguments = SimpleNamespace(fp16=fp16, deepspeed_plugin=deepspeed)
+    callback.on_train_begin(arguments, TrainerState(max_steps=max_steps), None, model=model)
 
 
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
@@ -275,6 +276,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
         begin(MixedRankCallback(anneal_steps=11), model)
     with pytest.raises(ConfigError, match="`fp16`=True.*use `bf16`=True"):
         begin(MixedRankCallback(), model, fp16=True)
+    with pytest.raises(ConfigError, match="DeepSpeed steps on flattened gradients.*use DistributedDataParallel"):
+        begin(MixedRankCallback(), model, deepspeed=object())
     with pytest.raises(TargetError, match="no mixed-rank layer in this LlamaForCausalLM"):
         begin(MixedRankCallback(), tiny_model("llama")[0])
     next(model.parameters()).ds_id = 0

@@ -1,5 +1,7 @@
 """What is special to WaRA: its identities, which of its configurations is a LoRA in disguise, and its own errors."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -263,3 +265,37 @@ def test_to_lora_keeps_everything_else(tmp_path):
         torch.testing.assert_close(again(**inputs()).logits, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(TargetError, match=r"`adapter_name`='other' is no adapter of hf_lowrank .* it has \['default'"):
         to_lora(model, "other")
+
+
+def test_to_lora_tells_a_module_from_one_that_ends_like_it():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+            self.block = nn.ModuleDict({"fc": nn.Linear(16, 16), "other": nn.Linear(16, 16)})
+
+        def forward(self, x):
+            return self.block["other"](self.block["fc"](self.fc(x)))
+
+    base = Two()
+    pattern = {"^fc": 2, "^block.fc": 3}
+    config = WaraConfig(r=4, target_modules=["fc", "block.fc", "other"], rank_pattern=pattern)
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    lora, state = to_lora(model)
+    again = peft.get_peft_model(copy.deepcopy(base), lora)
+    assert not peft.set_peft_model_state_dict(again, state).unexpected_keys
+    x = torch.ones(1, 16)
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_what_saved_adapters_say_stays_known():
+    """Files that are out there are found by this very sentence."""
+    for name in ("WARA", "MIXED_RANK"):
+        sentence = (
+            f"{name} is a tuner of hf_lowrank: run `pip install -U 'hf-lowrank[peft]'` and `import hf_lowrank` before "
+            "this adapter is loaded"
+        )
+        assert sentence in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING

@@ -92,8 +92,10 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         alpha_pattern=lower,
     )
     if is_peft:
+        active = list(model.base_model.active_adapters)
         model.add_adapter(adapter_name, config)
-        model.set_adapter(adapter_name)
+        # Beside what was active: it makes up for the base, not for another adapter.
+        model.base_model.set_adapter([*active, adapter_name])
     else:
         model = peft.get_peft_model(model, config, adapter_name=adapter_name)
     with torch.no_grad():

@@ -164,9 +164,13 @@ def test_beside_an_adapter_that_is_there_already(made):
     model = get_peft_model(copy.deepcopy(small), CONFIGS["lora"]())
     same = residual_adapter(model, dense, 4, statistics=statistics, adapter_name="residual")
     assert same is model
-    assert model.active_adapter == "residual"
+    assert model.active_adapters == ["default", "residual"]
     alone = residual_adapter(copy.deepcopy(small), dense, 4, statistics=statistics)
     torch.testing.assert_close(logits(model, inputs), logits(alone, inputs), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        trained = model.get_base_model().get_submodule(Q).lora_B["default"].weight.fill_(0.1)
+        assert not torch.allclose(logits(model, inputs), logits(alone, inputs), atol=1e-4)
+        trained.zero_()
     with pytest.raises(ConfigError, match="`adapter_name`='residual' is on the model already"):
         residual_adapter(model, dense, 4, adapter_name="residual")
 
