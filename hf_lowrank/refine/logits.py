@@ -36,8 +36,9 @@ class LogitRefinement(Descent):
             data by heart: more epochs need more of it.
         learning_rate (`float`, defaults to 1e-4): peak of the schedule (linear warm-up, then a cosine to zero), above
             0.
-        batch_size (`int`, *optional*, defaults to 1): sequences a step, at least 1; `None` takes those of a
-            calibration batch. Of the same data, more and smaller steps learn more and need less memory.
+        batch_size (`int`, *optional*): sequences a step, at least 1; unset, those of a calibration batch. Of the same
+            data, more and smaller steps go further, and need less memory: better far from the dense model, worse near
+            it, where the noise of single sequences is all that is left.
         warmup_ratio (`float`, defaults to 0.1): fraction of the steps spent warming up, in [0, 1).
         max_grad_norm (`float`, defaults to 1.0): gradients are clipped to this norm, above 0.
 
@@ -53,7 +54,6 @@ class LogitRefinement(Descent):
 
     epochs: int = 1
     learning_rate: float = 1e-4
-    batch_size: int | None = 1
     predicts: ClassVar[bool] = True
 
     def check(self, model, sites, batches):

@@ -116,7 +116,7 @@ run({folder!r}, batches_of(tiny_model("llama")[1]))
 """
 
 
-@pytest.mark.parametrize("step", [2, 10, 18])
+@pytest.mark.parametrize("step", [1, 5, 9])
 def test_killed_and_resumed_gives_the_same_bits(step, tmp_path):
     batches = batches_of(tiny_model("llama")[1])
     expected = run(None, batches)
@@ -141,7 +141,7 @@ def test_a_parameter_that_nothing_has_reached_is_no_obstacle(tmp_path, monkeypat
 
     def then_stop(self, optimizer, step):
         write(self, optimizer, step)
-        if step == 10:
+        if step == 5:
             raise Stopped
 
     expected, write = refined(None), logits._Kept.write
@@ -163,7 +163,7 @@ def test_finished_steps_are_not_taken_again(tmp_path, monkeypatch):
 def test_the_folder_of_another_run_is_refused(tmp_path):
     inputs = tiny_model("llama")[1]
     run(str(tmp_path), batches_of(inputs))
-    with pytest.raises(CheckpointError, match=r"step-18.safetensors was written by another run"):
+    with pytest.raises(CheckpointError, match=r"step-9.safetensors was written by another run"):
         run(str(tmp_path), batches_of(inputs), learning_rate=0.5)
     with pytest.raises(CheckpointError, match="another run"):
         run(str(tmp_path), batches_of(inputs, 2))
