@@ -203,6 +203,17 @@ def test_the_table_in_the_readme_is_that_of_the_results():
     assert table.into_readme(readme, table.render(table.read())) == readme, "run examples/benchmarks/table.py --readme"
 
 
+def test_every_row_is_made_again_by_its_name():
+    """What `make results` would make is what there is, by the same options and the same protocol."""
+    found = {result["variant"]: result for result in table.read()}
+    assert set(found) == set(quality.VARIANTS)
+    for name, result in found.items():
+        assert quality.parse(name) == result["config"]
+        evaluation = result["evaluation"]
+        assert {(text["window"], text["windows"]) for text in evaluation["perplexity"].values()} == {(1024, 8)}
+        assert {task["items"] for task in evaluation["multiple_choice"].values()} == {100}
+
+
 def test_the_table_of_adapters_in_the_readme_is_that_of_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     again = table.into_readme(readme, adapters.table(), "adapters")

@@ -2,10 +2,10 @@
 
     PYTHONPATH=examples python examples/benchmarks/quality.py [--data DIR] [--variants NAME ...] [--again]
 
-Writes results/quality/<variant>.json for every variant that has none yet; `table.py` makes a table of them. A variant
-is `dense`, `int8`, `int4`, or `<method>-<param_ratio>[-<calibration>]` with calibration `self` or `wikipedia`; any
-other configuration is given as `--config NAME=JSON`, the JSON being arguments of `LowRankConfig`, with those of
-`Calibration` where it has more than a name. After a plus sign follows what is done then: `+int8` and `+int4` quantize
+Writes results/quality/<variant>.json for every variant that has none yet, by default all of quality_variants.json,
+which holds their configurations; `table.py` makes a table of them. Another variant is `<method>-<param_ratio>
+[-<calibration>]` with calibration `self` or `wikipedia`, or any configuration by `--config NAME=JSON`, the JSON being
+arguments of `LowRankConfig`, with those of `Calibration` where it has more than a name. After a plus sign follows what is done then: `+int8` and `+int4` quantize
 the factors, `int4+residual` adds a LoRA of rank 16 that puts back the leading part of what quantizing took, calibrated
 on the model's own samples.
 
@@ -49,10 +49,7 @@ from hf_lowrank.surgery import match_sites
 
 RESULTS = Path(__file__).parent / "results" / "quality"
 DATA = Path(os.environ.get("HF_LOWRANK_DATA", "../shared/data"))
-VARIANTS = (
-    "dense", "int8", "int4", "kfac_svd-0.9-self", "kfac_svd-0.9-wikipedia", "kfac_svd-0.8-self", "kfac_svd-0.5-self",
-    "whitened_svd-0.9-self", "svd-0.9", "kfac_svd-0.9-self+int8", "kfac_svd-0.9-self+int4", "int4+residual",
-)  # fmt: skip
+VARIANTS = json.loads((Path(__file__).parent / "quality_variants.json").read_text(encoding="utf-8"))
 TASKS = ("piqa/validation", "arc_easy/test", "winogrande/validation", "hellaswag/validation_1000")
 QUANTIZED = ("int8", "int4")
 GROUP = 64
@@ -172,6 +169,8 @@ class Maker:
 
 def parse(name):
     """The arguments of `LowRankConfig` that the name of a variant stands for; `None` for those that have none."""
+    if name in VARIANTS:
+        return VARIANTS[name]
     first, *rest = name.split("+")
     if first in ("dense", *QUANTIZED):
         return None
@@ -190,11 +189,11 @@ def main():
     """Make, measure and write every variant that is asked for and not there yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder of texts and tasks")
-    parser.add_argument("--variants", nargs="*", default=VARIANTS, help="names, see above")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="names, see above")
     parser.add_argument("--config", action="append", default=[], metavar="NAME=JSON", help="one more variant")
-    parser.add_argument("--window", type=int, default=2048, help="tokens a window")
-    parser.add_argument("--windows", type=int, default=32, help="windows of each text")
-    parser.add_argument("--limit", type=int, default=250, help="items of each task")
+    parser.add_argument("--window", type=int, default=1024, help="tokens a window")
+    parser.add_argument("--windows", type=int, default=8, help="windows of each text")
+    parser.add_argument("--limit", type=int, default=100, help="items of each task")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--again", action="store_true", help="also variants that are there")
     arguments = parser.parse_args()

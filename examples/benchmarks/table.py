@@ -97,8 +97,8 @@ def caption(result):
             f"zero-shot accuracy over {counts} items a task ({metrics}; one standard error up to {max(errors):.3f})"
         )
     return (
-        "; ".join(parts) + ". Rows of other options are made by `--config`, of what their files in `results/quality` "
-        "say. Bytes as stored, scales included. Seconds of one run, of calibration (sampling included), "
+        "; ".join(parts) + ". What a row is made of is in `quality_variants.json`. "
+        "Bytes as stored, scales included. Seconds of one run, of calibration (sampling included), "
         "factorization, refinement and quantization, on cores that did other work too: an upper bound."
     )
 
