@@ -8,7 +8,16 @@ from peft import LoHaConfig, PeftMixedModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
-from hf_lowrank import FORMATS, ComputedWeightError, FormatLinear, LowRankConfig, factorize, summary, truncate
+from hf_lowrank import (
+    FORMATS,
+    ComputedWeightError,
+    FormatLinear,
+    LowRankConfig,
+    WaraConfig,
+    factorize,
+    summary,
+    truncate,
+)
 from hf_lowrank.testing import tiny_model
 
 from .conftest import CONFIGS, TARGETS, disturb, logits
@@ -258,10 +267,13 @@ def test_quantized_factors_carry_adapters_and_refuse_to_merge(small):
         model, torchao.Int8WeightOnlyConfig(version=2), lambda module, name: name.endswith((".left", ".right"))
     )
     plain = logits(model, small.inputs)
-    for method in ("lora", "dora"):
-        adapted = get_peft_model(model, CONFIGS[method]())
-        close(logits(adapted, small.inputs), plain, atol=2e-6)
+    configs = [*CONFIGS.values(), lambda: WaraConfig(r=4, target_modules=["q_proj", "up_proj"])]
+    for config in configs:
+        adapted = get_peft_model(model, config())
+        if adapted.peft_config["default"].peft_type.value != "WAVEFT":
+            close(logits(adapted, small.inputs), plain, atol=2e-6)
         disturb(adapted)
+        assert not torch.allclose(logits(adapted, small.inputs), plain, atol=1e-4)
         with pytest.raises(ComputedWeightError, match="is a Int8Tensor; merge before the factors are quantized"):
             adapted.merge_adapter()
         adapted.unload()
