@@ -67,13 +67,16 @@ def test_a_larger_model_meets_the_target_to_half_a_percent(tmp_path):
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     dense = transformers.LlamaForCausalLM(config)
     dense.save_pretrained(tmp_path / "dense")
-    for allocation in ("uniform", "knapsack", "lorap", "energy"):
-        target = int(0.7 * size_of(tmp_path / "dense"))
-        model = type(dense).from_pretrained(
-            tmp_path / "dense", lowrank_config=LowRankConfig(method="svd", allocation=allocation, target_bytes=target)
-        )
-        model.save_pretrained(tmp_path / allocation)
-        assert 0.995 * target <= size_of(tmp_path / allocation) <= target
+    target = int(0.7 * size_of(tmp_path / "dense"))
+    options = [{"method": "svd", "allocation": name} for name in ("uniform", "knapsack", "lorap", "energy")]
+    # The default: factors with an order of the rows, and ranks by loss.
+    options.append({"calibration": [{"input_ids": torch.randint(3, 500, (4, 32))}]})
+    for number, chosen in enumerate(options):
+        config = LowRankConfig(**chosen, target_bytes=target)
+        model = type(dense).from_pretrained(tmp_path / "dense", lowrank_config=config)
+        model.save_pretrained(tmp_path / str(number))
+        assert 0.995 * target <= size_of(tmp_path / str(number)) <= target
+    assert {row.format for row in summary(model).rows} == {"pivoted"}
 
 
 def test_pinned_ranks_count_against_target_bytes(saved, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trained_formats import FORMATS
 from walks import batches_of, last_hidden
 
 from hf_lowrank import CheckpointError, ConfigError, LowRankConfig, NonFiniteError, factorize, summary
@@ -59,6 +60,17 @@ def test_refined_blocks_come_closer_to_the_dense_ones(name):
     assert [row.rank for row in summary(refined).rows] == [row.rank for row in summary(plain).rows]
     before, after = block_errors(dense, plain, batches), block_errors(dense, refined, batches)
     assert all(b < 0.9 * a for a, b in zip(before, after, strict=True)), (before, after)
+
+
+@pytest.mark.parametrize("options", FORMATS[:-1], ids=lambda options: str(options["method"]))
+def test_every_format_that_stays_in_its_block_is_trained(options):
+    model, inputs = tiny_model("llama")
+    dense, plain, batches = copy.deepcopy(model), copy.deepcopy(model), batches_of(inputs)
+    options = {**OPTIONS, **options}
+    factorize(plain, LowRankConfig(**options), calibration=batches)
+    factorize(model, LowRankConfig(**options, refine={"name": "blocks", "epochs": 20}), calibration=batches)
+    ((before,), (after,)) = block_errors(dense, plain, batches), block_errors(dense, model, batches)
+    assert after < 0.8 * before
 
 
 def test_bfloat16_blocks_are_trained_in_float32_and_stay_bfloat16():

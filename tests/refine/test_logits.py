@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from trained_formats import FORMATS
 from transformers import AutoModel
 from walks import batches_of
 
@@ -20,16 +21,6 @@ from hf_lowrank.testing import tiny_model
 OPTIONS = {"method": "svd", "param_ratio": 0.4, "rank_multiple": 1}
 LONGER = {"name": "logits", "epochs": 8, "learning_rate": 1e-3}
 ARCHITECTURES = ["llama", "gpt2", "bert", "t5", "vit", "mixtral", "whisper", "qwen3_moe", "llava"]
-# A method for every format that trains.
-FORMATS = [
-    {"method": "svd", "format": "pivoted"},
-    {"method": "compot"},
-    {"method": "sparse_low_rank"},
-    {"method": "hybrid"},
-    {"method": "multi_resolution"},
-    {"method": "tensor_train"},
-    {"method": {"name": "basis_sharing", "share_layers": 2}},
-]
 
 
 def predictions(model, batch):
