@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     cards,
     dictionaries,
     formats_map,
+    pretraining,
     quality,
     runs,
     setups,
@@ -218,6 +219,12 @@ def test_the_table_of_adapters_in_the_readme_is_that_of_the_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     again = table.into_readme(readme, adapters.table(), "adapters")
     assert again == readme, "run examples/benchmarks/adapters.py --readme"
+
+
+def test_the_table_of_pretraining_in_the_docs_is_that_of_the_results():
+    written = pretraining.DOCS.read_text(encoding="utf-8")
+    again = table.into_readme(written, pretraining.table(), "pretraining")
+    assert again == written, "run examples/benchmarks/pretraining.py --docs"
 
 
 def test_a_difference_that_the_seeds_do_not_show_is_called_that(tmp_path):

@@ -1,7 +1,7 @@
 """A small Llama from scratch: full rank, low rank, and low rank plus single entries.
 
     PYTHONPATH=examples python examples/benchmarks/pretraining.py [--data DIR] [--texts tinyshakespeare wikipedia]
-        [--variants full "low rank" ...] [--seeds 3] [--steps 400] [--rate 3e-3]
+        [--variants full "low rank" ...] [--seeds 3] [--steps 400] [--rate 3e-3] [--docs]
 
 Bytes are the tokens, so that no tokenizer decides. Every variant of a seed begins with the same embeddings, norms and
 head, and sees the same batches at the same learning rates, with AdamW, 10 % warm-up and a cosine to a tenth. Low
@@ -10,7 +10,8 @@ too. `sltrain, magnitude` takes its places from the full-rank model of the same 
 of it is new. Perplexity is that of a byte, on held-out text. Memory is that of parameters, gradients and Adam's
 moments, and what autograd keeps from forward to backward in one step; results also hold the growth of the resident
 set over the run. Writes results/pretraining/<text>.json after every run and goes on where it was stopped. A run takes
-less than a minute on one core.
+about a minute on one core. `--docs` runs nothing and writes the table between `<!-- pretraining -->` and
+`<!-- /pretraining -->` of docs/training.md.
 """
 
 import argparse
@@ -31,11 +32,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 from benchmarks import setups
 from benchmarks.metrics import PeakMemory
 from benchmarks.runs import compared, write
+from benchmarks.table import ROOT, into_readme
 from benchmarks.tasks import DATA, read
 from hf_lowrank import LowRankConfig, evaluation, factorize, summary
 
 
 RESULTS = Path(__file__).parent / "results" / "pretraining"
+DOCS = ROOT / "docs" / "training.md"
 RANK, DENSITY, SCALE = 4, 0.05, 1.0
 WINDOW, BATCH = 64, 8
 CONFIG = {
@@ -237,7 +240,11 @@ def main():
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=setups.CACHE / "pretraining")
+    parser.add_argument("--docs", action="store_true")
     asked = parser.parse_args()
+    if asked.docs:
+        DOCS.write_text(into_readme(DOCS.read_text(encoding="utf-8"), table(), "pretraining"), encoding="utf-8")
+        return
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     logging.set_verbosity_error()
     for name in asked.texts:

@@ -3,11 +3,11 @@
     PYTHONPATH=examples python examples/benchmarks/quality.py [--data DIR] [--variants NAME ...] [--again]
 
 Writes results/quality/<variant>.json for every variant that has none yet, by default all of quality_variants.json,
-which holds their configurations; `table.py` makes a table of them. Another variant is `<method>-<param_ratio>
-[-<calibration>]` with calibration `self` or `wikipedia`, or any configuration by `--config NAME=JSON`, the JSON being
-arguments of `LowRankConfig`, with those of `Calibration` where it has more than a name. After a plus sign follows what is done then: `+int8` and `+int4` quantize
-the factors, `int4+residual` adds a LoRA of rank 16 that puts back the leading part of what quantizing took, calibrated
-on the model's own samples.
+which holds their configurations; `table.py` makes a table of them. Another variant is `<method>-<param_ratio>` with
+`-self` or `-wikipedia` behind it for the calibration, or any configuration by `--config NAME=JSON`, the JSON being
+arguments of `LowRankConfig`, with those of `Calibration` where it has more than a name. After a plus sign follows what
+is done then: `+int8` and `+int4` quantize the factors, `int4+residual` adds a LoRA of rank 16 that puts back the
+leading part of what quantizing took, calibrated on the model's own samples.
 
 Factors are computed from float32 weights; every variant is stored in bfloat16, or fewer bits, and what is stored is
 measured in float32, which is the same on every processor and on most CPUs many times faster. Where the model comes out
