@@ -181,7 +181,7 @@ def measure(name, ratio, adapters, seeds, steps, data):
 
 
 def table(folder=RESULTS):
-    """Markdown: mean and deviation over seeds, and the paired difference from LoRA with its 95 % interval."""
+    """Markdown: mean and deviation over seeds, and of adapters of the size of LoRA the paired difference from it."""
     lines = ["| task | kept | adapter | seeds | parameters | mean | deviation | minus LoRA |"]
     lines.append("|---|--:|---|--:|--:|--:|--:|--:|")
     for path in sorted(Path(folder).glob("*.json")):
@@ -192,9 +192,10 @@ def table(folder=RESULTS):
                 f"| {found['task']} ({found['metric']}) | {kept} | {name}, not trained |  |  | {score:.4g} |  |  |"
             )
         baseline = found["runs"].get("lora", {})
+        size = next((run["parameters"] for run in baseline.values()), None)
         for name, runs in found["runs"].items():
-            seeds, mean, deviation, difference = cells(runs, baseline)
             parameters = next(iter(runs.values()))["parameters"]
+            seeds, mean, deviation, difference = cells(runs, baseline if parameters == size else {})
             lines.append(
                 f"| {found['task']} ({found['metric']}) | {found['ratio']:g} | {name} | {seeds} | {parameters} "
                 f"| {mean} | {deviation} | {difference} |"
