@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_lowrank import LowRankConfig, factorize, to_dense, truncate
+from hf_lowrank import FormatLinear, LowRankConfig, factorize, to_dense, truncate
 from hf_lowrank.testing import tiny_model
 
 
@@ -54,6 +54,7 @@ def test_a_hook_that_changes_the_output_still_does():
     name = next(n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and ".0." in n)
     model.get_submodule(name).register_forward_hook(lambda module, args, output: output * 0)
     factorize(model, LowRankConfig(method="svd", rank=4))
+    assert isinstance(model.get_submodule(name), FormatLinear)
     with torch.no_grad():
         hooked = model.get_submodule(name)(torch.ones(1, model.get_submodule(name).in_features))
     assert not hooked.any()

@@ -20,7 +20,6 @@ from .self_samples import sample_from
 
 logger = logging.getLogger(__name__)
 
-
 SELF = "self"
 EMPTY = "`calibration` holds no text; give at least a few sentences."
 
@@ -246,7 +245,7 @@ def is_causal(model):
 
 
 def _text_batches(texts, tokenizer, calibration, model):
-    """`(batches, longest sequence, sha256 of the texts used)`.
+    """`(batches, tokens that a sequence has at most, sha256 of the texts used)`.
 
     A causal language model reads contiguous blocks without padding, made of the texts joined by blank lines, as in
     pre-training. Other models read one text a sample, with their special tokens, padded to the longest of a batch.

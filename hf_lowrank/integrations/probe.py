@@ -10,7 +10,7 @@ from ..allocation import Probe
 from ..errors import CalibrationError, ConfigError, NonFiniteError, ResourceError
 from ..factorize import site_factors
 from ..statistics.collect import check_batch, device_of
-from ..statistics.masks import Masks
+from ..statistics.masks import IGNORED, Masks
 from .calibration import is_causal
 from .progress import Progress
 
@@ -19,7 +19,6 @@ from .progress import Progress
 KEPT_BYTES = 2**30
 # Predictions compared at once, which bounds the float32 workspace.
 ROWS = 256
-IGNORED = -100
 
 
 class Keeping:

@@ -10,14 +10,11 @@ import torch
 from ..checks import check_integer, check_number
 from ..errors import CheckpointError
 from ..registry import Registry
+from ..statistics.masks import MASKS, has_decoder, mask_of
 
 
 REFINEMENTS = Registry("refine")
 register_refinement = REFINEMENTS.register
-# What tells tokens from padding: of the only or first stack of blocks, and of a decoder behind it.
-MASKS = ("attention_mask", "decoder_attention_mask")
-# The label of what a loss leaves out.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -156,27 +153,14 @@ def in_eval(model):
 
 
 def token_mask(batch, tokens, decoder=False):
-    """The real tokens of a batch, or `None` where all are.
-
-    Args:
-        batch (`dict`): arguments of a model's forward.
-        tokens (`torch.Size`): the shape of the mask.
-        decoder (`bool`, defaults to `False`): of what the decoder of an encoder-decoder reads; without a mask of it,
-            what has a label.
-
-    Returns:
-        A boolean tensor of the shape `tokens`, or `None`.
-    """
-    mask = batch.get(MASKS[decoder])
-    if decoder and mask is None and isinstance(batch.get("labels"), torch.Tensor):
-        mask = batch["labels"] != IGNORED
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.shape == tokens else None
+    """The real tokens of a batch, of the shape `tokens`, or `None` where all are; see [`mask_of`]."""
+    mask = mask_of(batch, decoder)
+    return mask if mask is not None and mask.shape == tokens else None
 
 
 def predicted_tokens(model, batch, predictions):
-    """The mask of the tokens that `model` makes predictions `(..., classes)` of; see [`token_mask`]."""
-    decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return token_mask(batch, predictions.shape[:-1], decoder)
+    """The mask of the tokens that `model` makes predictions `(..., classes)` of."""
+    return token_mask(batch, predictions.shape[:-1], has_decoder(model))
 
 
 def read_part(parts, name, mark):

@@ -6,6 +6,7 @@ import torch
 from ..blocks import Chain, block_names, find_chains, in_dtype, record
 from ..errors import ConfigError, NonFiniteError
 from ..parts import Parts, digest_of_batches
+from ..statistics.masks import has_decoder
 from .base import Descent, in_training, read_part, register_refinement, token_mask
 
 
@@ -135,7 +136,7 @@ def _relative_error(output, target, mask):
 
 
 def _in_decoder(model, name):
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not has_decoder(model):
         return False
     block = model.get_submodule(name)
     return any(module is block for module in model.get_decoder().modules())

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import StatisticsError
-from .masks import batch_size
+from .masks import IGNORED, batch_size
 
 
 # Predictions handled at once: what is computed from them in float32 is several times their size.
@@ -111,7 +111,7 @@ def labelled_backward(output, batch):
         return False
     labels = batch.get("labels")
     of_tokens = isinstance(labels, torch.Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-    (loss.float() * ((labels != -100).sum() if of_tokens else batch_size(batch))).backward()
+    (loss.float() * ((labels != IGNORED).sum() if of_tokens else batch_size(batch))).backward()
     return True
 
 

@@ -8,6 +8,10 @@ import torch
 
 
 UNALIGNED = object()
+# What tells tokens from padding: of the only or first stack of blocks, and of a decoder behind it.
+MASKS = ("attention_mask", "decoder_attention_mask")
+# The label of what a loss leaves out.
+IGNORED = -100
 
 
 class Masks:
@@ -16,8 +20,7 @@ class Masks:
     def __init__(self, model):
         self._decoder = set()
         self._encoder = None
-        config = getattr(model, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
+        if has_decoder(model):
             decoder = model.get_decoder()
             prefix = next(name for name, module in model.named_modules() if module is decoder)
             self._decoder = {f"{prefix}.{name}" for name, _ in decoder.named_modules()}
@@ -52,11 +55,8 @@ class Masks:
 
     def start_batch(self, batch):
         """Read the masks of one batch; returns how many samples it has."""
-        self._first = _as_mask(batch.get("attention_mask"))
-        self._second = _as_mask(batch.get("decoder_attention_mask"))
-        labels = batch.get("labels")
-        if self._decoder and self._second is None and labels is not None and labels.ndim == 2:
-            self._second = labels != -100
+        self._first = mask_of(batch)
+        self._second = mask_of(batch, decoder=True) if self._decoder else None
         self._samples = batch_size(batch)
         return self._samples
 
@@ -140,5 +140,24 @@ def batch_size(batch):
     return len(ids)
 
 
+def has_decoder(model):
+    """Whether a decoder reads what an encoder has made, each with a mask of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def mask_of(batch, decoder=False):
+    """The real tokens in the arguments of a forward, boolean, `None` for all.
+
+    With `decoder`, those that the decoder of an encoder-decoder reads: without a mask of them, what has a label.
+    """
+    found, labels = _as_mask(batch.get(MASKS[decoder])), _as_ids(batch.get("labels"))
+    return labels != IGNORED if decoder and found is None and labels is not None else found
+
+
 def _as_mask(mask):
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    ids = _as_ids(mask)
+    return None if ids is None else ids.bool()
+
+
+def _as_ids(tensor):
+    return tensor if isinstance(tensor, torch.Tensor) and tensor.ndim == 2 else None
