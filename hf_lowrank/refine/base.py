@@ -81,9 +81,9 @@ class Descent(Refinement):
 
         A batch stays whole where its tensors do not all count the same sequences, as position ids for all of them.
         """
-        return (
-            batches if self.batch_size is None else [x for batch in batches for x in _pieces(batch, self.batch_size)]
-        )
+        if self.batch_size is None:
+            return batches
+        return [piece for batch in batches for piece in _pieces(batch, self.batch_size)]
 
     def optimizer(self, parameters, total, done=0):
         """`(optimizer, schedule)` for `total` steps, of which some are `done`."""
@@ -108,11 +108,8 @@ def _pieces(batch, size):
     tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
     others = [value for key, value in batch.items() if key not in tensors]
     lengths = {tensor.shape[:1] for tensor in tensors.values()}
-    if (
-        len(lengths) != 1
-        or () in lengths
-        or not all(value is None or isinstance(value, (bool, int)) for value in others)
-    ):
+    flags = all(value is None or isinstance(value, (bool, int)) for value in others)
+    if not flags or len(lengths) != 1 or () in lengths:
         return [batch]
     cuts = zip(*(tensor.split(size) for tensor in tensors.values()), strict=True)
     pieces = [{**batch, **dict(zip(tensors, cut, strict=True))} for cut in cuts]

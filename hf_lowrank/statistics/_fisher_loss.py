@@ -17,8 +17,8 @@ def fisher_backward(output, mask_of, generator, problem_type=None):
 
         d loss / d logits = softmax(logits) - one_hot(label),    of several labels at once sigmoid(logits) - labels
 
-    Where there are as many predictions as places in an image, classes are in dimension 1 of four. Without logits (a
-    base model) and in a regression, the sum of the outputs with Gaussian weights, whose gradients have the same second
+    Where the places of an image are predicted, classes are dimension 1 of four. Without logits (a base model) and in
+    a regression, the sum of the outputs with Gaussian weights, whose gradients have the same second
     moments as those of a Gaussian likelihood; outputs of padding have no weight.
 
     Args:

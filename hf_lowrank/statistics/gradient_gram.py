@@ -50,7 +50,7 @@ class GradientGram(Gram, Statistic):
         self._rows = add(self._rows)
 
     def result(self):
-        return super().result() / self._rows.clamp(min=1)
+        return super().result().div_(self._rows.clamp(min=1))
 
     def update(self, rows):
         self._rows += len(rows)
