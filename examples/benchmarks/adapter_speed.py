@@ -26,11 +26,15 @@ from hf_lowrank.testing import tiny_model
 
 
 REPEATS, SAMPLES, LENGTH = 7, 4, 128
-# r (out + in) parameters a weight of LoRA; WaRA takes r (out + in) for each of its two bands, or half of it if shared.
+# r (out + in) parameters a weight of LoRA; WaRA takes r (out + in) for each of its bands, or half of it if shared.
+# Two levels have three bands: 2 for each of them, and 2 more for each on the diagonal, make 8.
+DIAGONAL = {"L:L": 4, "H1:H1": 4, "H2:H2": 4}
 VARIANTS = {
     "lora": lambda: peft.LoraConfig(r=8, lora_alpha=8, target_modules="all-linear"),
     "wara": lambda: WaraConfig(r=4),
     "wara, db4": lambda: WaraConfig(r=4, wavelet="db4"),
+    "wara, two levels": lambda: WaraConfig(r=2, levels=2, subband_ranks=DIAGONAL),
+    "wara, db4, two levels": lambda: WaraConfig(r=2, levels=2, wavelet="db4", subband_ranks=DIAGONAL),
     "wara, db4, shared": lambda: WaraConfig(r=16, wavelet="db4", share_subbands=True),
 }
 
@@ -98,11 +102,11 @@ def main():
         }
         for label, (model, _) in models.items()
     }
-    print(f"{'over LoRA at r = 8':<20} {'parameters':>10} {'step':>6} {'memory':>7}")
+    print(f"{'over LoRA at r = 8':<22} {'parameters':>10} {'step':>6} {'memory':>7}")
     for label, numbers in measured.items():
         ratios = {key: value / measured["lora"][key] for key, value in numbers.items()}
         result["over_lora"][label] = ratios
-        print(f"{label:<20} {ratios['parameters']:>10.3f} {ratios['seconds']:>6.3f} {ratios['bytes']:>7.3f}")
+        print(f"{label:<22} {ratios['parameters']:>10.3f} {ratios['seconds']:>6.3f} {ratios['bytes']:>7.3f}")
     if not tiny:
         metrics.write("adapter_speed", result)
 
