@@ -101,9 +101,7 @@ def replace_factors(layer, left, right, bias=None, peers=(), rest=None):
     borrowers = [peer for peer in peers if getattr(peer, "lender", None) is layer]
     format, dtype = FORMATS[layer.name], layer.weight.dtype
     factors = Factors(left, right, 0.0, rest=rest)
-    product = factors.product()
-    held = format.from_factors(factors, dtype=torch.float64).dense_weight()
-    if not (held - product).norm() <= 1e-9 * max(left.norm() * right.norm(), product.norm()):
+    if not _holds(format, factors):
         raise ComputedWeightError(
             f"The format {layer.name!r} cannot hold a given pair of factors exactly; call hf_lowrank.to_dense(model) "
             "before merging."
@@ -121,6 +119,29 @@ def replace_factors(layer, left, right, bias=None, peers=(), rest=None):
     _adopt(layer, made, any(parameter.requires_grad for parameter in layer.parameters()))
     # What was recorded is the distance to the dense weight before.
     layer.relative_error = None
+
+
+def check_replaceable(layer):
+    """Raise [`ComputedWeightError`] unless `layer` can take any other two factors of the shapes of its own."""
+    check_rewritable(layer)
+    rest, (left, right) = layer.rest(), layer.factors()
+    # A weight of full rank is the product of two factors, too, but of none that could be called its own.
+    full = left.shape[1] >= min(layer.dense_shape)
+    # Those of its own may be of a kind that others are not: block diagonal, sparse, a Kronecker product.
+    generator = torch.Generator().manual_seed(0)
+    others = (torch.randn(own.shape, generator=generator, dtype=own.dtype).to(own.device) for own in (left, right))
+    if rest is not None or full or not _holds(FORMATS[layer.name], Factors(*others, 0.0)):
+        raise ComputedWeightError(
+            f"A layer of rank {left.shape[1]} in the format {layer.name!r} is not the product of two factors of lower "
+            "rank that may become any others."
+        )
+
+
+def _holds(format, factors):
+    """Whether a layer in a format has the weight that `factors` have, in float64."""
+    product = factors.product()
+    held = format.from_factors(factors, dtype=torch.float64).dense_weight()
+    return (held - product).norm() <= 1e-9 * max(factors.left.norm() * factors.right.norm(), product.norm())
 
 
 def check_rewritable(layer):

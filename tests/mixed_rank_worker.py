@@ -8,16 +8,18 @@ import torch
 from callback_worker import DEFAULTS, Kill, examples, leave
 from transformers import TrainingArguments
 
-from hf_lowrank import MixedRankCallback, MixedRankConfig, MixedRankTrainer
+from hf_lowrank import LowRankConfig, MixedRankCallback, MixedRankConfig, MixedRankTrainer, factorize
 from hf_lowrank.testing import tiny_model
 
 
 STEPS = 8
 
 
-def make(folder, consistency=1.0, anneal_steps=6, callbacks=(), steps=STEPS, config=None, **options):
+def make(folder, consistency=1.0, anneal_steps=6, callbacks=(), steps=STEPS, config=None, base="dense", **options):
     """A trainer in mid-annealing for most of its steps; all randomness is Trainer's, or the draws'."""
     model, _ = tiny_model("llama")
+    if base == "factorized":
+        factorize(model, LowRankConfig("svd", 0.6))
     config = MixedRankConfig(target_modules=["q_proj", "v_proj", "up_proj"]) if config is None else config
     model = peft.get_peft_model(model, config)
     arguments = TrainingArguments(str(folder), **(DEFAULTS | {"max_steps": steps} | options))
@@ -27,9 +29,9 @@ def make(folder, consistency=1.0, anneal_steps=6, callbacks=(), steps=STEPS, con
     )
 
 
-def main(folder, kill, resume, consistency, accumulate):
+def main(folder, kill, resume, consistency, accumulate, base):
     trainer = make(
-        folder, float(consistency), callbacks=[Kill(int(kill))], save_strategy="steps", save_steps=2,
+        folder, float(consistency), base=base, callbacks=[Kill(int(kill))], save_strategy="steps", save_steps=2,
         gradient_accumulation_steps=int(accumulate),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume == "resume")

@@ -4,8 +4,10 @@
         [--ratios 0.6 0.4] [--adapters lora waveft ...] [--seeds 5] [--steps 60] [--readme]
 
 MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is factorized and trained on Wikipedia.
-Every adapter gets the data in the same order and has as many trainable parameters as LoRA of rank 8, the new
-classifier excepted, which all train. `mixed rank` is no adapter of that size: it starts from the dense model, trains
+For pairs of sentences, of which 60 batches teach a factorized encoder nothing, MiniLM is fine-tuned before it is
+factorized (as in training.py, and kept in the cache), and goes on with the classifier that it had. Every adapter gets
+the data in the same order and has as many trainable parameters as LoRA of rank 8, the classifier excepted, which all
+train. `mixed rank` is no adapter of that size: it starts from the dense model, trains
 full weights and factors, and ends with factors of the size that the others adapt. The training sets are subsampled: a
 run sees `steps` batches of 32 sentences, of 16 pairs of sentences, or of 2 x 256 tokens. Writes
 results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped; `--readme` runs nothing and
@@ -40,6 +42,7 @@ from benchmarks import setups
 from benchmarks.runs import cells, opened, write
 from benchmarks.table import ROOT, into_readme
 from benchmarks.tasks import DATA, GLUE, INSIDE, Classification, read, train
+from benchmarks.training import BATCH, DENSE_STEPS, fine_tuned
 from hf_lowrank import LowRankConfig, MixedRankConfig, WaraConfig, evaluation, factorize
 from hf_lowrank.training import MixedRankCallback, MixedRankTrainer
 
@@ -83,7 +86,7 @@ ADAPTERS = {
 
 
 class Sentences(Classification):
-    """One GLUE task on MiniLM."""
+    """One sentence a row: the factorized encoder learns the task, with a new classifier."""
 
     common = {"target_modules": INSIDE, "modules_to_save": ["classifier"]}
 
@@ -99,6 +102,31 @@ class Sentences(Classification):
     def before(self, folder):
         """Nothing: the classifier has not been trained."""
         return {}
+
+
+class Pairs(Classification):
+    """Two sentences a row: a model that has learned the task is factorized."""
+
+    common = Sentences.common
+
+    def __init__(self, name, data):
+        super().__init__(name, data)
+        with tempfile.TemporaryDirectory() as scratch:
+            task = Classification(name, data, BATCH)
+            self.dense, _ = fine_tuned(task, DENSE_STEPS[name], setups.CACHE / "training", scratch)
+
+    def factorized(self, ratio, folder):
+        """Save the factorized model, calibrated on unlabelled training sentences."""
+        model, batches = self.dense(), self.batches(512, self.batch, labels=False)
+        factorize(model, LowRankConfig(param_ratio=ratio), calibration=batches).save_pretrained(folder)
+
+    def load(self, folder):
+        """The model that is trained."""
+        return AutoModelForSequenceClassification.from_pretrained(folder)
+
+    def before(self, folder):
+        """`{name: score}` of the models that are not trained."""
+        return {"dense": self.score(self.dense()), "factorized": self.score(self.load(folder))}
 
 
 class Language:

@@ -139,7 +139,7 @@ METHODS = {
 }
 
 
-def dense(task, steps, cache, folder):
+def fine_tuned(task, steps, cache, folder):
     """`(make the dense model, its accuracy)`, fine-tuned once and kept in `cache`, which is complete or absent."""
     kept = cache / f"{task.name}-{steps}"
     if not kept.is_dir():
@@ -176,7 +176,7 @@ def measure(task, ratio, methods, seeds, steps, dense_steps, results, cache):
             for method in methods:
                 if str(seed) in found["runs"].get(method, {}):
                     continue
-                make, score = dense(task, dense_steps, cache, folder)
+                make, score = fine_tuned(task, dense_steps, cache, folder)
                 found["runs"]["dense"] = {"0": {"score": score}}
                 set_seed(seed)
                 started = time.perf_counter()

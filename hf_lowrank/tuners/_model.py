@@ -18,13 +18,11 @@ class FactorTuner(BaseTuner):
     Class attributes:
         identity_at_start (`bool`): whether a new adapter changes no bit of the output.
         additive (`bool`): whether the updates of several active adapters add up; otherwise one is active at a time.
-        takes_factorized (`bool`): whether it adapts factorized layers; otherwise they are refused.
         branches (`tuple`): what a training step can draw from (values of `TwoBranches.drawn`); empty without draws.
     """
 
     identity_at_start = True
     additive = True
-    takes_factorized = True
     branches = ()
 
     # `target_modules` has a default, so that none have to be guessed from the name of an architecture.

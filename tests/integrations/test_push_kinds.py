@@ -58,7 +58,7 @@ PULL = """
 import sys, torch, peft
 from transformers import AutoModelForCausalLM
 assert "hf_lowrank" not in sys.modules
-model = AutoModelForCausalLM.from_pretrained("me/small")
+model = AutoModelForCausalLM.from_pretrained({base!r})
 model = peft.PeftModel.from_pretrained(model, "me/adapter")
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(3, 10)[None]).logits, {path!r})
@@ -73,7 +73,7 @@ found = adapted(load("me/small"), hf_lowrank.WaraConfig(r=3, wavelet="db2", targ
 found.push_to_hub("me/adapter")
 torch.save(logits(found), {str(tmp_path / "pushed")!r})
 """)
-    done = run(PULL.format(path=str(tmp_path / "pulled")), **hub.environment(tmp_path / "home"))
+    done = run(PULL.format(base="me/small", path=str(tmp_path / "pulled")), **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "pulled"), torch.load(tmp_path / "pushed"))
     assert hub.commits("me/adapter") == 1
@@ -85,6 +85,29 @@ torch.save(logits(found), {str(tmp_path / "pushed")!r})
     assert data["license_name"] == "some", "from the factorized model's own card"
     assert re.search(r"\| default \| WARA \| 3 \| down_proj, q_proj \| [\d,]+ \|", card.text)
     assert 'LlamaForCausalLM.from_pretrained("me/small")' in card.text
+
+
+def test_a_mixed_rank_adapter(hub, worker, tmp_path):
+    worker.run(ADAPT)
+    worker.run(f"""
+small().push_to_hub("me/small")
+for base in ("org/base", "me/small"):
+    found = adapted(load(base), hf_lowrank.MixedRankConfig(r=5, target_modules=["q_proj", "down_proj"]))
+    found.push_to_hub("me/adapter-of-" + base.replace("/", "-"))
+    torch.save(logits(found), {str(tmp_path)!r} + "/" + base.replace("/", "-"))
+""")
+    for base in ("org/base", "me/small"):
+        own, pulled = base.replace("/", "-"), tmp_path / "pulled"
+        code = PULL.format(base=base, path=str(pulled)).replace("me/adapter", f"me/adapter-of-{own}")
+        if base == "org/base":
+            # Nothing on the way loads the package, and PEFT does not know the type of the adapter.
+            code = code.replace("model = peft", "import hf_lowrank\nmodel = peft")
+        done = run(code, **hub.environment(tmp_path / own.upper()))
+        assert done.returncode == 0, done.stderr
+        assert torch.equal(torch.load(pulled), torch.load(tmp_path / own))
+        data = hub.card(f"me/adapter-of-{own}").data.to_dict()
+        assert "mixed_rank" in data["tags"]
+        assert (data["base_model"], data["base_model_relation"]) == (base, "adapter")
 
 
 def test_which_adapters_need_the_package(hub, worker):

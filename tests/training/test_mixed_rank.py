@@ -39,9 +39,9 @@ def assert_same(one, other):
         assert torch.equal(tensor, other[name]), name
 
 
-def run(folder, kill=-1, resume="no", consistency=1.0, accumulate=1, processes=1):
+def run(folder, kill=-1, resume="no", consistency=1.0, accumulate=1, base="dense", processes=1):
     folder.mkdir(exist_ok=True)
-    return run_script(WORKER, folder, kill, resume, consistency, accumulate, processes=processes)
+    return run_script(WORKER, folder, kill, resume, consistency, accumulate, base, processes=processes)
 
 
 @pytest.mark.parametrize(
@@ -204,17 +204,18 @@ def test_weights_injected_by_transformers_are_trained_too(tmp_path):
     assert changed and all(".mixed_rank_" in name for name in changed)
 
 
-def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path):
-    whole = run(tmp_path / "whole", accumulate=2)
+@pytest.mark.parametrize("base", ["dense", "factorized"])
+def test_a_run_that_is_killed_goes_on_with_the_same_bits(base, tmp_path):
+    whole = run(tmp_path / "whole", accumulate=2, base=base)
     assert whole.returncode == 0, whole.stderr
-    killed = run(tmp_path / "killed", kill=5, accumulate=2)
+    killed = run(tmp_path / "killed", kill=5, accumulate=2, base=base)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "state_0.pt").exists()
-    resumed = run(tmp_path / "killed", resume="resume", accumulate=2)
+    resumed = run(tmp_path / "killed", resume="resume", accumulate=2, base=base)
     assert resumed.returncode == 0, resumed.stderr
     states = [torch.load(tmp_path / name / "state_0.pt") for name in ("whole", "killed")]
     assert_same(*states)
-    fresh = make(tmp_path / "fresh").model.state_dict()
+    fresh = make(tmp_path / "fresh", base=base).model.state_dict()
     assert any(not torch.equal(tensor, fresh[name]) for name, tensor in states[0].items() if "_full" in name)
 
 

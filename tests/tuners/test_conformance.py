@@ -79,12 +79,10 @@ def test_the_suite_catches_a_broken_tuner(broken, monkeypatch):
     [
         (MixedRankConfig, MixedRankModel, "identity_at_start", True),
         (MixedRankConfig, MixedRankModel, "additive", True),
-        (MixedRankConfig, MixedRankModel, "takes_factorized", True),
         (MixedRankConfig, MixedRankModel, "branches", ()),
         (MixedRankConfig, MixedRankModel, "branches", (False,)),
         (WaraConfig, WaraModel, "identity_at_start", False),
         (WaraConfig, WaraModel, "additive", False),
-        (WaraConfig, WaraModel, "takes_factorized", False),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", repr(value)),
 )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowrank import (
+    FORMATS,
     CheckpointError,
     ConfigError,
     LowRankConfig,
@@ -25,19 +26,27 @@ from hf_lowrank import (
     factorize,
 )
 from hf_lowrank.draws import draw, two_branch_layers
-from hf_lowrank.testing import tiny_model
+from hf_lowrank.formats import FormatLinear
+from hf_lowrank.methods import Factors
+from hf_lowrank.testing import make_weight, tiny_model
 from hf_lowrank.tuners.mixed_rank import MixedRankLinear
 
 
+def without_dropout(model):
+    """`model`, whose passes in training mode compare."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def adapted(architecture="llama", dtype=torch.float32, cast=True, **options):
-    """A model with mixed-rank layers, the dense model, and inputs. Dropout is off, so that passes compare."""
+    """A model with mixed-rank layers, the dense model, and inputs."""
     dense, inputs = tiny_model(architecture)
+    without_dropout(dense)
     # Parameters only: a checkpoint that is loaded in bfloat16 has its rotary frequencies in float32.
     for parameter in dense.parameters():
         parameter.data = parameter.data.to(dtype)
-    for module in dense.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     model = peft.get_peft_model(copy.deepcopy(dense), MixedRankConfig(**options), autocast_adapter_dtype=cast)
     return model, dense, inputs()
 
@@ -305,9 +314,15 @@ def test_what_does_not_fit_is_refused_and_the_model_stays(options, error, match)
 
 def test_weights_that_cannot_be_factorized_are_refused():
     model, inputs = tiny_model("llama")
-    factorize(model, LowRankConfig("svd", 0.5))
-    with pytest.raises(TargetError, match="q_proj: this layer is factorized already.*dense model"):
+    factorize(model, LowRankConfig("sparse_low_rank", 0.5))
+    with pytest.raises(TargetError, match="q_proj: .*'sparse_low_rank' is not the product of two.*to_dense"):
         peft.get_peft_model(model, MixedRankConfig())
+    assert untouched(model)
+    model, inputs = tiny_model("llama")
+    factorize(model, LowRankConfig("svd", 0.5))
+    with pytest.raises(RankError, match="q_proj: `rank_pattern` gives rank 3 .* keeps its own; call hf_lowrank.trunc"):
+        peft.get_peft_model(model, MixedRankConfig(rank_pattern={"q_proj": 3}))
+    assert untouched(model)
     model, inputs = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
     with pytest.raises(NonFiniteError, match="layers.1.mlp.up_proj"):
@@ -364,3 +379,108 @@ def test_biases_end_in_the_finished_model(bias, tmp_path):
         assert torch.equal(one, other) == same
     finished.save_pretrained(tmp_path)
     assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), expected)
+
+
+def check_both_branches(model, inputs, before):
+    """The factors in training and in evaluation, and their product, are the factorized model."""
+    torch.testing.assert_close(evaluate(model, inputs), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step(model, inputs, drawn=False), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step(model, inputs, drawn=True), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("train_full", [True, False])
+@pytest.mark.parametrize(
+    ("architecture", "format", "exact"),
+    [("llama", "low_rank", True), ("qwen2", "pivoted", False), ("gpt2", "low_rank", True), ("gpt2", "pivoted", False)],
+)
+def test_a_factorized_model_goes_on_from_its_own_factors(architecture, format, exact, train_full, tmp_path):
+    dense, inputs = tiny_model(architecture)
+    inputs = inputs()
+    factorize(dense, LowRankConfig("svd", 0.6, format=format)).save_pretrained(tmp_path / "start")
+    start = without_dropout(AutoModelForCausalLM.from_pretrained(tmp_path / "start"))
+    ranks = {name: m.rank for name, m in start.named_modules() if isinstance(m, FormatLinear)}
+    before, weights = evaluate(start, inputs), copy.deepcopy(start.state_dict())
+    model = peft.get_peft_model(start, MixedRankConfig(train_full=train_full))
+    assert model.peft_config["default"].ranks == ranks, "each keeps its rank, whatever the budget"
+    check_both_branches(model, inputs, before)
+    assert torch.equal(evaluate(model, inputs), before) or not exact
+    shake(model)
+    trained = evaluate(model, inputs)
+    assert (trained - before).abs().max() > 1e-3
+    layer = next(iter(two_branch_layers(model).values()))
+    delta = layer.get_delta_weight("default")
+    model.merge_adapter()
+    torch.testing.assert_close(evaluate(model, inputs), trained, rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer.get_delta_weight("default"), delta), "also while it is merged"
+    model.unmerge_adapter()
+    assert torch.equal(evaluate(model, inputs), trained)
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "start"), tmp_path / "adapter"
+    )
+    assert torch.equal(evaluate(again, inputs), trained)
+    for name, tensor in copy.deepcopy(again).unload().state_dict().items():
+        assert torch.equal(tensor, weights[name]), "the model itself was never changed"
+    finished = again.merge_and_unload()
+    assert {n: (m.rank, m.name) for n, m in finished.named_modules() if isinstance(m, FormatLinear)} == {
+        name: (rank, format) for name, rank in ranks.items()
+    }
+    torch.testing.assert_close(evaluate(finished, inputs), trained, rtol=1e-4, atol=1e-5)
+    assert torch.equal(evaluate(finished, inputs), trained) or not exact
+    last = evaluate(finished, inputs)
+    finished.save_pretrained(tmp_path / "finished")
+    assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path / "finished"), inputs), last)
+
+
+def test_dense_and_factorized_layers_in_one_adapter(tmp_path):
+    model, inputs = tiny_model("llama")
+    inputs = inputs()
+    factorize(model, LowRankConfig("svd", 0.6, format="low_rank", target_modules=["q_proj", "k_proj"]))
+    pattern = {"k_proj": "dense", "up_proj": 7}
+    config = MixedRankConfig(r=8, rank_pattern=pattern, target_modules=["q_proj", "k_proj", "up_proj"])
+    model = peft.get_peft_model(model, config)
+    ranks = model.peft_config["default"].ranks
+    assert {name.rpartition(".")[2] for name in ranks} == {"q_proj", "up_proj"}
+    assert {rank for name, rank in ranks.items() if "up" in name} == {7}
+    shake(model)
+    trained = evaluate(model, inputs)
+    finished = model.merge_and_unload()
+    assert torch.equal(evaluate(finished, inputs), trained)
+    assert len([m for m in finished.modules() if isinstance(m, LowRankLinear)]) == 6
+    finished.save_pretrained(tmp_path)
+    assert torch.equal(evaluate(AutoModelForCausalLM.from_pretrained(tmp_path), inputs), trained)
+
+
+def test_layers_that_share_a_basis_get_factors_of_their_own():
+    model, inputs = tiny_model("llama")
+    inputs = inputs()
+    grouped = {"name": "basis_sharing", "share_layers": 1, "joint_groups": [["q_proj", "k_proj", "v_proj"]]}
+    factorize(model, LowRankConfig(grouped, 0.6), calibration=[inputs])
+    model = peft.get_peft_model(model, MixedRankConfig(target_modules=["q_proj", "k_proj", "v_proj"]))
+    shake(model)
+    trained = evaluate(model, inputs)
+    with pytest.warns(UserWarning, match="Layers that share a basis no longer do"):
+        finished = model.merge_and_unload()
+    torch.testing.assert_close(evaluate(finished, inputs), trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS.names())
+@pytest.mark.parametrize("transposed", [False, True])
+def test_factorized_layers_of_every_format_are_taken_or_refused(format, transposed):
+    factors = Factors(make_weight(16, 4), make_weight(4, 12), 0.0)
+    layer = FORMATS[format].from_factors(factors, torch.ones(16), torch.float32, transposed)
+    model = nn.Sequential(layer, nn.Linear(16, 2))
+    x = torch.randn(3, 12)
+    before = model(x).detach()
+    try:
+        model = peft.get_peft_model(model, MixedRankConfig(target_modules=["0"]))
+    except TargetError as error:
+        assert format not in ("low_rank", "pivoted", "shared_basis", "weighted_bases")
+        assert "0: " in str(error) and "to_dense" in str(error)
+        assert model[0] is layer
+        return
+    shake(model)
+    with torch.no_grad():
+        trained = model.eval()(x)
+        assert not torch.equal(trained, before)
+        torch.testing.assert_close(model.merge_and_unload()(x), trained, rtol=1e-4, atol=1e-5)

@@ -12,6 +12,7 @@ from hf_lowrank import ConfigError, WaraConfig
     [
         ({"share_subbands": True}, True),
         ({"share_subbands": True, "wavelet": "db1", "subband_gains": {"L:L": 2.0, "H1:H1": 2.0}}, True),
+        ({"share_subbands": True, "subband_gains": {"L:L": 1.0, "H1:H1": -1.0}}, True),
         ({"share_subbands": True, "wavelet": "db2"}, False),
         ({"share_subbands": True, "subband_gains": {"L:L": 2.0}}, False),
         ({}, False),

@@ -40,6 +40,19 @@ class Merged:
             vars(member).pop(MERGED, None)
 
 
+def weight_before_merging(layer):
+    """The weight `(out, in)` of a factorized layer as it was before any merge."""
+    merged = vars(layer).get(MERGED)
+    if merged is None:
+        return layer.dense_weight().detach()
+    now = snapshot(merged.layers)
+    restore(merged.before)
+    try:
+        return layer.dense_weight().detach()
+    finally:
+        restore(now)
+
+
 class MergesFactors:
     """Mixed into a PEFT layer whose base layer is factorized.
 

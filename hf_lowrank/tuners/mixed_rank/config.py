@@ -1,5 +1,7 @@
 from dataclasses import dataclass
 
+from peft.utils.other import get_pattern_key
+
 from ...checks import check_boolean
 from ...errors import ConfigError
 from ...formats import LowRankLinear
@@ -19,6 +21,10 @@ class MixedRankConfig(TargetConfig):
     other branch stands still for a step, its momentum and weight decay included. In evaluation mode z = 0: what is
     measured is the model that comes out. `merge_and_unload` leaves that model, factorized, with the same bits.
 
+    A layer that is factorized already, into two factors and nothing else, starts from these at the rank they have,
+    and its full-rank weight from their product; no budget counts it. It ends in the format it had, which in
+    `"low_rank"` keeps the bits and in others rounds once.
+
     With `train_full` the adapter has a copy of every targeted weight, which is trained and saved with it; the base
     model is never changed.
 
@@ -31,14 +37,14 @@ class MixedRankConfig(TargetConfig):
         statistics (`str`, *optional*): file of saved statistics (`collect_statistics(...).save`), local or on the
             Hub, for methods that need them; read when the adapter is made, not when it is loaded.
         rank_pattern (`dict[str, int | "dense"]`, *optional*): module name, dotted suffix or regular expression -> its
-            own rank.
+            own rank; `"dense"` leaves a layer as it is, and is all that a factorized one can be given.
         allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of `param_ratio`; by default what
             suits the method.
         rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
         train_full (`bool`, defaults to `True`): whether the full-rank weight is trained where it is drawn; otherwise
             it stays the base model's, and takes no memory.
         keep_zeros (`bool`, defaults to `True`): whether zeros of the base weight stay zero in the trained copy, so
-            that a pruned weight stays as sparse.
+            that a pruned weight stays as sparse; of dense layers.
         ranks (`dict[str, int]`, *optional*): written into saved adapters; not to be given.
 
     `target_modules` (by default every linear but the output head), `exclude_modules`, `bias` (`"none"`, `"all"`,
@@ -81,6 +87,10 @@ class MixedRankConfig(TargetConfig):
             self.allocation = recipe.to_json()["allocation"]
         if self.ranks is not None and not isinstance(self.ranks, dict):
             raise ConfigError(f"`ranks`={self.ranks!r} must be a dict from module names, as an adapter's file has it.")
+
+    def key_for(self, module_name):
+        """The key of `rank_pattern` that a module has its rank from, or its own name."""
+        return get_pattern_key(list(self.rank_pattern), module_name)
 
     def recipe(self, **targets):
         """The [`Recipe`] of the factors; `targets` are its `target_modules` and `rank_pattern`."""

@@ -1,15 +1,16 @@
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ...draws import TwoBranches
-from ...errors import CheckpointError, ConfigError, RankError, TargetError
+from ...errors import CheckpointError, ComputedWeightError, ConfigError, RankError, TargetError
 from ...formats import FormatLinear, LowRankLinear, as_parameter
+from ...integrations.peft_lora.merging import weight_before_merging
 from ...linalg import require_finite
 from ...methods import Factors
+from ...rewrite import check_replaceable, replace_factors
 from ...sharding import refuse_sharded
 from .._layer import linear_shape
 from .._merge import check_mergeable, exchange_weight, first_weight, unmerge_from
@@ -19,14 +20,15 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
     r"""A linear layer whose weight is the full-rank one or the product of two factors; see [`MixedRankConfig`].
 
     Both branches compute in the dtype of the base weight, whatever dtype the trained copies have, so that the
-    full-rank branch starts with the bits of the base layer and the factors end with those of the finished layer.
+    full-rank branch starts with the bits of a dense base layer, and the factors end with those of the finished layer.
 
     Args:
-        base_layer (`torch.nn.Module`): `torch.nn.Linear` or `Conv1D`, not quantized.
+        base_layer (`torch.nn.Module`): `torch.nn.Linear`, `Conv1D`, or a layer factorized into two factors; not
+            quantized.
 
     Shapes:
         `mixed_rank_left[adapter]` `(out, r)`, `mixed_rank_right[adapter]` `(r, in)`; with `train_full`,
-        `mixed_rank_full[adapter]` in the layout of the base weight.
+        `mixed_rank_full[adapter]` in the layout of a dense base weight, else `(out, in)`.
     """
 
     adapter_layer_names = ("mixed_rank_left", "mixed_rank_right", "mixed_rank_full")
@@ -44,22 +46,26 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
 
     @staticmethod
     def check(module_name, base, config):
-        """Refuse a layer without a dense weight of its own, and a rank that it cannot have.
+        """Refuse a layer without a weight or two factors that can be trained, and a rank that it cannot have.
 
         Raises:
-            TargetError: `base` has no dense floating-point weight, or DeepSpeed has split it.
+            TargetError: `base` has no floating-point weight, is more than two factors, or DeepSpeed has split it.
             RankError: the rank exceeds min(out, in).
             CheckpointError: a saved adapter has no rank for this layer, or one that does not fit.
         """
-        if isinstance(base, FormatLinear):
-            raise TargetError(
-                "this layer is factorized already, and mixed-rank fine-tuning needs the dense weight beside the "
-                "factors, which it makes itself. Add the adapter to the dense model, or leave this layer out by "
-                "`exclude_modules`."
-            )
         limit = min(linear_shape(base))
-        check_mergeable(base)
-        refuse_sharded({"its weight": base.weight})
+        if isinstance(base, FormatLinear):
+            try:
+                check_replaceable(base)
+            except ComputedWeightError as error:
+                raise TargetError(
+                    f"{error} Mixed-rank fine-tuning trains two factors: call hf_lowrank.to_dense(model) first, or "
+                    "leave this layer out by `exclude_modules`."
+                ) from error
+            refuse_sharded(dict(base.named_parameters()))
+        else:
+            check_mergeable(base)
+            refuse_sharded({"its weight": base.weight})
         if config.ranks is not None:
             rank = config.ranks.get(module_name)
             if not isinstance(rank, int) or not 1 <= rank <= limit:
@@ -68,8 +74,15 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
                     "another model. Load it onto the one it was made from."
                 )
             return
-        key = get_pattern_key(list(config.rank_pattern), module_name)
-        rank = config.rank_pattern.get(key, config.r)
+        given = config.rank_pattern.get(config.key_for(module_name))
+        if isinstance(base, FormatLinear):
+            if isinstance(given, int):
+                raise RankError(
+                    f"`rank_pattern` gives rank {given} to a layer that is factorized already and keeps its own; call "
+                    "hf_lowrank.truncate first to lower it, or leave it out of the pattern."
+                )
+            return
+        rank = config.r if given is None else given
         if isinstance(rank, int) and rank > limit:
             raise RankError(f"rank {rank} exceeds min(out, in) = {limit}; lower it in `r` or `rank_pattern`.")
 
@@ -119,6 +132,8 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
             # In a step that draws nothing trainable the loss would have no graph, and no backward pass.
             return y if y.requires_grad or not torch.is_grad_enabled() else y.requires_grad_()
         weight = self.mixed_rank_full[adapter].to(base.weight.dtype)
+        if isinstance(base, FormatLinear):
+            return F.linear(x, weight, base.bias)
         if self.keep_zeros[adapter]:
             weight = torch.where(base.weight == 0, base.weight, weight)
         return torch.func.functional_call(base, {"weight": weight}, (x,))
@@ -136,8 +151,9 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         return only_one([name for name in self.active_adapters if name in self.mixed_rank_left])
 
     def _base_weight(self):
-        """The weight of the base layer as it was before any merge."""
-        return first_weight(self.get_base_layer())
+        """The weight of the base layer as it was before any merge; `(out, in)` of a factorized one."""
+        base = self.get_base_layer()
+        return weight_before_merging(base) if isinstance(base, FormatLinear) else first_weight(base)
 
     @torch.no_grad()
     def merge(self, safe_merge=False, adapter_names=None):
@@ -165,7 +181,7 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
 
     @torch.no_grad()
     def unload_and_optionally_merge_module(self, merge, safe_merge=False, adapter_names=None):
-        """The base layer, or the factorized layer that one adapter has become."""
+        """The base layer, or the factorized layer that one adapter has become, in the format it had if it was one."""
         base = self.get_base_layer()
         names = check_adapters_to_merge(self, adapter_names) if not self.merged else self.merged_adapters
         adapter = only_one([name for name in names if name in self.mixed_rank_left]) if merge else None
@@ -174,6 +190,11 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         left, right = self._factors(adapter)
         for factor in (left, right):
             require_finite(factor, "A factor")
+        if isinstance(base, FormatLinear):
+            if self.merged:
+                self.unmerge()
+            replace_factors(base, left.double(), right.double(), peers=self.lenders)
+            return base
         layer = LowRankLinear.from_factors(
             Factors(left, right, None), base.bias, left.dtype, transposed=isinstance(base, Conv1D)
         )

@@ -5,6 +5,7 @@ from torch import nn
 
 from ...errors import ConfigError
 from ...factorize import site_factors
+from ...formats import FormatLinear
 from ...integrations.config import LowRankConfig
 from ...integrations.planning import gather, informed_plan
 from ...integrations.verbs import describe, refuse_offloaded, refuse_quantized
@@ -20,7 +21,7 @@ class MixedRankModel(FactorTuner):
     """A model with mixed-rank layers; made by `peft.get_peft_model(model, MixedRankConfig(...))`.
 
     Args:
-        model (`torch.nn.Module`): the dense model; its targeted weights are factorized here.
+        model (`torch.nn.Module`): its targeted weights are factorized here, where they are dense.
         config ([`MixedRankConfig`]): how.
         adapter_name (`str`): the name of the first.
     """
@@ -29,7 +30,6 @@ class MixedRankModel(FactorTuner):
     tuner_layer_cls = MixedRankLinear
     identity_at_start = False
     additive = False
-    takes_factorized = False
     branches = (True, False)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
@@ -45,17 +45,19 @@ class MixedRankModel(FactorTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_model(self, peft_config, model):
-        targets = {}
+        dense, factorized = {}, {}
         for name, module, base in self._targets(peft_config, model):
             own = name.removeprefix(PREFIX)
             with naming(own):
                 self.tuner_layer_cls.check(own, base, peft_config)
-            targets[own] = own if base is module else f"{own}.base_layer"
+            if isinstance(base, FormatLinear):
+                factorized[own] = base
+            else:
+                dense[own] = own if base is module else f"{own}.base_layer"
         self._factors = {}
-        if peft_config.ranks is None and targets:
-            made = _make_factors(self.model, targets, peft_config)
-            peft_config.ranks = {name: factors.left.shape[1] for name, factors in made.items()}
-            self._factors = made
+        if peft_config.ranks is None and (dense or factorized):
+            self._factors = _all_factors(self.model, dense, factorized, peft_config)
+            peft_config.ranks = {name: factors.left.shape[1] for name, factors in self._factors.items()}
 
     @staticmethod
     def _check_target_module_exists(config, key):
@@ -96,30 +98,56 @@ class MixedRankModel(FactorTuner):
         return model
 
 
+def _all_factors(model, dense, factorized, config):
+    """`{name: Factors}` of the targets that are adapted: made of dense ones, and those that factorized ones have.
+
+    Args:
+        model (`torch.nn.Module`): what holds the targets.
+        dense (`dict[str, str]`): targets as for [`_make_factors`].
+        factorized (`dict[str, FormatLinear]`): targets that are factorized already.
+        config ([`MixedRankConfig`]): how.
+
+    Raises:
+        LowRankError: of the kind that fits; also if nothing is left to adapt.
+    """
+    # A key that is there for factorized layers alone matches none of those that are factorized now.
+    keys = {config.key_for(name) for name in factorized} - {config.key_for(name) for name in dense}
+    pattern = {key: rank for key, rank in config.rank_pattern.items() if key not in keys}
+    made = _make_factors(model, dense, pattern, config) if dense else {}
+    for name, layer in factorized.items():
+        if config.rank_pattern.get(config.key_for(name)) != "dense":
+            made[name] = Factors(*layer.factors(), None)
+    if not made:
+        raise ConfigError(
+            f"At this budget (`r`={config.r}, `param_ratio`={config.param_ratio}) the factors of none of the "
+            f"{len(dense) + len(factorized)} targeted layers are smaller than their weights; lower it, or "
+            "`rank_multiple`."
+        )
+    return made
+
+
 @torch.no_grad()
-def _make_factors(model, targets, config):
-    """`{name: Factors}` of the targets that become smaller.
+def _make_factors(model, targets, pattern, config):
+    """`{name: Factors}` of the targets that become smaller; empty if there are none.
 
     Args:
         model (`torch.nn.Module`): dense at the targets.
         targets (`dict[str, str]`): `{name: name of the dense layer}`; they differ where an adapter is there already.
+        pattern (`dict[str, int | "dense"]`): `rank_pattern` of the targets.
         config ([`MixedRankConfig`]): how.
 
     Raises:
-        LowRankError: of the kind that fits; also if no target becomes smaller.
+        LowRankError: of the kind that fits.
     """
     refuse_quantized(model)
     refuse_offloaded(model)
     names = {dense: name for name, dense in targets.items()}
     # The dense layer inside an adapter has the rank that is given for the layer.
-    pattern = {rf"({key})(\.base_layer)?": rank for key, rank in config.rank_pattern.items()}
+    pattern = {rf"({key})(\.base_layer)?": rank for key, rank in pattern.items()}
     recipe = config.recipe(target_modules=sorted(names), rank_pattern=pattern)
     plan = make_plan(model, recipe)
     if not plan.sites:
-        raise ConfigError(
-            f"At this budget (`r`={config.r}, `param_ratio`={config.param_ratio}) the factors of none of the "
-            f"{len(targets)} targeted layers are smaller than their weights; lower it, or `rank_multiple`."
-        )
+        return {}
     gathered = gather(model, list(plan.sites.values()), recipe, config.statistics, None)
     if gathered.statistics is not None:
         gathered.statistics.check(plan.statistics_shapes(recipe.method.statistics))

@@ -38,8 +38,8 @@ class WaraConfig(TunerConfig):
             `W' = W + s T^T blockdiag(g_L B A, g_H B A) T`, with about `r (out + in) / 2` parameters and an update of
             rank 2 r. Needs `levels=1`. With the two taps of `"haar"` the update is the Kronecker product of B A and
             `[[g_L + g_H, g_L - g_H], [g_L - g_H, g_L + g_H]] / 2` (but for the last feature of an odd side). With
-            equal gains that is a multiple of the identity: the wavelet cancels, even and odd features get the same
-            LoRA, and a warning says so.
+            equal gains that is a multiple of the identity, with opposite ones of the exchange of the two: the wavelet
+            cancels, even and odd features get the same LoRA, and a warning says so.
         lora_alpha (`float`, defaults to 4): above 0; with `use_rslora`, s = lora_alpha / sqrt(max r_oi).
         mode (`str`, defaults to `"weight"`): the only one. A transform over tokens (`"grid"`) is refused: shared by
             all bands it is LoRA, as both are linear and commute; with a gain or an adapter a band it cannot be merged
@@ -98,11 +98,12 @@ class WaraConfig(TunerConfig):
                 )
         if self.share_subbands:
             self._check_shared()
-            if len(low) == 2 and len({self.gain(pair) for pair in self.pairs}) == 1:
+            if len(low) == 2 and len({abs(self.gain(pair)) for pair in self.pairs}) == 1:
                 warnings.warn(
                     f"`share_subbands`=True with the two taps of {self.wavelet!r} is a LoRA in disguise: the update "
-                    "is the Kronecker product of B A with the 2 x 2 identity, and the wavelet cancels. A longer one "
-                    "('db2'), different `subband_gains`, or share_subbands=False does not.",
+                    "is a multiple of the Kronecker product of B A with the 2 x 2 identity (or, where the gains are "
+                    "opposite, with the exchange of even and odd features), and the wavelet cancels. A longer one "
+                    "('db2'), `subband_gains` of different size, or share_subbands=False does not.",
                     stacklevel=3,
                 )
 
