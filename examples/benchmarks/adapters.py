@@ -7,11 +7,11 @@ MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is
 For pairs of sentences, of which 60 batches teach a factorized encoder nothing, MiniLM is fine-tuned before it is
 factorized (as in training.py, and kept in the cache), and goes on with the classifier that it had. Every adapter gets
 the data in the same order and has as many trainable parameters as LoRA of rank 8, the classifier excepted, which all
-train. `mixed rank` is no adapter of that size: it starts from the dense model, trains
-full weights and factors, and ends with factors of the size that the others adapt. The training sets are subsampled: a
-run sees `steps` batches of 32 sentences, of 16 pairs of sentences, or of 2 x 256 tokens. Writes
-results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped; `--readme` runs nothing and
-writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of README.md.
+train. `mixed rank` is no adapter of that size: it starts from the dense model, trains full weights and factors, and
+ends with factors of the size that the others adapt. The training sets are subsampled: a run sees `steps` batches of 32
+sentences, of 16 pairs of sentences, or of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every run
+and goes on where it was stopped; `--readme` runs nothing and writes what is there between `<!-- adapters -->` and
+`<!-- /adapters -->` of README.md.
 """
 
 import argparse

@@ -99,9 +99,6 @@ for base in ("org/base", "me/small"):
     for base in ("org/base", "me/small"):
         own, pulled = base.replace("/", "-"), tmp_path / "pulled"
         code = PULL.format(base=base, path=str(pulled)).replace("me/adapter", f"me/adapter-of-{own}")
-        if base == "org/base":
-            # Nothing on the way loads the package, and PEFT does not know the type of the adapter.
-            code = code.replace("model = peft", "import hf_lowrank\nmodel = peft")
         done = run(code, **hub.environment(tmp_path / own.upper()))
         assert done.returncode == 0, done.stderr
         assert torch.equal(torch.load(pulled), torch.load(tmp_path / own))
