@@ -7,11 +7,11 @@ MiniLM is factorized and fine-tuned for sentence classification; SmolLM2-135M is
 For pairs of sentences, of which 60 batches teach a factorized encoder nothing, MiniLM is fine-tuned before it is
 factorized (as in training.py, and kept in the cache), and goes on with the classifier that it had. Every adapter gets
 the data in the same order and has as many trainable parameters as LoRA of rank 8, the classifier excepted, which all
-train. `mixed rank` is no adapter of that size: it starts from the dense model, trains full weights and factors, and
-ends with factors of the size that the others adapt. The training sets are subsampled: a run sees `steps` batches of 32
-sentences, of 16 pairs of sentences, or of 2 x 256 tokens. Writes results/adapters/<task>-<ratio>.json after every run
-and goes on where it was stopped; `--readme` runs nothing and writes what is there between `<!-- adapters -->` and
-`<!-- /adapters -->` of README.md.
+train. `mixed rank` is no adapter of that size: it trains full weights and factors, from the dense model or from the
+factors that the others adapt, and ends with factors of their size. The training sets are subsampled: a run sees
+`steps` batches of 32 sentences, of 16 pairs of sentences, or of 2 x 256 tokens. Writes
+results/adapters/<task>-<ratio>.json after every run and goes on where it was stopped; `--readme` runs nothing and
+writes what is there between `<!-- adapters -->` and `<!-- /adapters -->` of README.md.
 """
 
 import argparse
@@ -62,26 +62,43 @@ def targets(model):
     return found
 
 
-def waveft(model, common):
+def waveft(model, common, ratio):
     """WaveFT with r (out + in) coefficients a weight."""
     counts = {name: RANK * sum(shape) for name, shape in targets(model).items()}
     return peft.WaveFTConfig(n_frequency=1, n_frequency_pattern=counts, **common)
 
 
+def lora(model, common, ratio):
+    """LoRA."""
+    return peft.LoraConfig(r=RANK, lora_alpha=RANK, **common)
+
+
+def wara(model, common, ratio):
+    """WaRA with two bands, which have factors of their own."""
+    return WaraConfig(r=RANK // 2, lora_alpha=RANK // 2, wavelet="db4", **common)
+
+
+def shared_wara(model, common, ratio):
+    """WaRA whose two bands have the same factors."""
+    return WaraConfig(r=2 * RANK, lora_alpha=2 * RANK, wavelet="db4", share_subbands=True, **common)
+
+
+def mixed_rank(model, common, ratio):
+    """Factors of `ratio` of dense weights, or those that are there already."""
+    return MixedRankConfig(param_ratio=ratio, **common)
+
+
+FROM_DENSE = "mixed rank"
 # How an adapter is configured, and its learning rate, chosen on SST-2 at 0.6 with a seed that is not among those
 # compared. LoRA and WaRA did better with 4e-3 than with 1e-3; WaveFT, whose coefficients PEFT scales by 25, with 3e-4
 # than with 1e-4 or 1e-3; the mixed-rank layers train full weights, which want less.
 ADAPTERS = {
-    "lora": (lambda model, common: peft.LoraConfig(r=RANK, lora_alpha=RANK, **common), 4e-3),
+    "lora": (lora, 4e-3),
     "waveft": (waveft, 3e-4),
-    "wara": (lambda model, common: WaraConfig(r=RANK // 2, lora_alpha=RANK // 2, wavelet="db4", **common), 4e-3),
-    "mixed rank": (None, 1e-4),
-    "wara, shared": (
-        lambda model, common: WaraConfig(
-            r=2 * RANK, lora_alpha=2 * RANK, wavelet="db4", share_subbands=True, **common
-        ),
-        4e-3,
-    ),
+    "wara": (wara, 4e-3),
+    FROM_DENSE: (mixed_rank, 1e-4),
+    "mixed rank, from factors": (mixed_rank, 1e-4),
+    "wara, shared": (shared_wara, 4e-3),
 }
 
 
@@ -176,12 +193,13 @@ def one_run(task, folder, ratio, name, seed, steps, scratch):
     make, rate = ADAPTERS[name]
     set_seed(seed)
     # The classifier is drawn before the adapter, so that all adapters of a seed start from the same one.
-    model = task.dense() if make is None else task.load(folder)
-    config = MixedRankConfig(param_ratio=ratio, **task.common) if make is None else make(model, task.common)
+    model = task.dense() if name == FROM_DENSE else task.load(folder)
+    config = make(model, task.common, ratio)
     model = peft.get_peft_model(model, config)
     trainable = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
     set_seed(seed)
-    kind, callbacks = (MixedRankTrainer, [MixedRankCallback()]) if make is None else (Trainer, [])
+    mixed = isinstance(config, MixedRankConfig)
+    kind, callbacks = (MixedRankTrainer, [MixedRankCallback()]) if mixed else (Trainer, [])
     train(task, model, rate, seed, steps, scratch, kind, callbacks)
     return {"score": task.score(model), "parameters": trainable}
 
