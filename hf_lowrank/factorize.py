@@ -80,7 +80,7 @@ def site_factors(site, weight, rank, recipe, statistics, anchors=None):
     """One [`Factors`] for each copy in `weight` `(copies, out, in)`; other arguments as in `factorize_site`."""
     device = _device_for(recipe, weight)
     with _naming(site):
-        stats = _stats_of(site, recipe, statistics, device)
+        stats = _stats_of(site, recipe.method.statistics, statistics, device)
         stats.update((name, tensor.to(device)) for name, tensor in (anchors or {}).items())
         if recipe.method.initialises:
             # By its name, a layer draws the same numbers whichever others there are.
@@ -89,17 +89,19 @@ def site_factors(site, weight, rank, recipe, statistics, anchors=None):
 
 
 def measure_site(site, weight, recipe, statistics):
-    """The error curve of one site, over all of its copies.
+    """The curve that the allocator asks for of one site, over all of its copies.
 
     Returns:
-        `(min(out, in) + 1,)`, float64, on the CPU: the squared error at every rank from 0, the zero matrix, on.
+        `(min(out, in) + 1,)`, float64, on the CPU: the squared error, or with an allocator that is `first_order` the
+        predicted change of the loss, at every rank from 0, the zero matrix, on.
     """
     method, device = recipe.method, _device_for(recipe, weight)
     total = torch.zeros(min(site.out_features, site.in_features) + 1, dtype=torch.float64)
     with _naming(site):
-        stats = _stats_of(site, recipe, statistics, device)
+        stats = _stats_of(site, recipe.statistics, statistics, device)
+        measure = method.loss_curve if recipe.first_order else method.error_curve
         for copy in weight:
-            total += method.error_curve(copy.to(device), stats).cpu()
+            total += measure(copy.to(device), stats).cpu()
     # Statistics are of the tokens of all copies, each of which sees its part of them.
     return total / site.copies if method.statistics else total
 
@@ -117,8 +119,8 @@ def _device_for(recipe, weight):
     return torch.device(recipe.compute_device) if recipe.compute_device else weight.device
 
 
-def _stats_of(site, recipe, statistics, device):
-    if not recipe.method.statistics:
+def _stats_of(site, names, statistics, device):
+    if not names:
         return {}
-    found = statistics.joint([member.name for member in site.members], recipe.method.statistics)
+    found = statistics.joint([member.name for member in site.members], names)
     return {name: tensor.to(device) for name, tensor in found.items()}

@@ -28,7 +28,7 @@ class Measured:
     """What is known about the targets beyond their shapes; every part only where the recipe asks for it.
 
     Args:
-        curves (`dict[str, torch.Tensor]`, *optional*): the squared error at every rank from 0 on, by site.
+        curves (`dict[str, torch.Tensor]`, *optional*): what the allocator asks for, at every rank from 0 on, by site.
         latencies ([`Latencies`], *optional*): of layers of the targets' shapes.
         probe ([`Probe`], *optional*): the model, for allocators that look at its outputs.
         ranks (`dict[str, int | None]`, *optional*): what an allocator has decided before; `None` is dense.
@@ -119,6 +119,7 @@ def make_plan(model, recipe, available=None, measured=None):
         )
     for site in sites:
         _check_convolution(site, recipe)
+        _check_copies(site, recipe)
         _check_dtype(model, site)
     sites = group_sites(model, sites, recipe.method)
     fixed = _fixed_ranks(sites, recipe.rank_pattern)
@@ -249,6 +250,15 @@ def _check_convolution(site, recipe):
                 f"`{argument}`={value.name!r} {does}, and {site.name} is a convolution; leave it dense with "
                 f"`exclude_modules`, or choose another `{argument}`."
             )
+
+
+def _check_copies(site, recipe):
+    if recipe.first_order and site.copies > 1:
+        raise ConfigError(
+            f"`allocation`={recipe.allocation.name!r} needs the gradient of each weight, and the {site.copies} "
+            f"experts of {site.name} have one statistic together; leave them dense with `exclude_modules`, or choose "
+            "another allocation."
+        )
 
 
 def _check_multiple(site, rank, recipe):

@@ -12,6 +12,8 @@ from .errors import ConfigError
 from .formats import FORMATS
 from .methods import METHODS
 from .refine import REFINEMENTS
+from .statistics import STATISTICS
+from .statistics.base import GRADIENTS
 
 
 DENSE = "dense"
@@ -99,6 +101,7 @@ class Recipe:
                 )
         self._check_budget()
         self._check_start()
+        self._check_first_order()
         self._check_patterns()
         check_integer("rank_multiple", self.rank_multiple, 1)
         check_integer("seed", self.seed, 0)
@@ -155,6 +158,23 @@ class Recipe:
                     f"{self.method.name!r} does not approximate but replaces, to train from scratch; leave it out."
                 )
 
+    def _check_first_order(self):
+        if not self.first_order:
+            return
+        named = f"`allocation`={self.allocation.name!r} with `method`={self.method.name!r}"
+        if not self.method.nested:
+            raise ConfigError(
+                f"{named}: what a rank more does is known only where the factors at one rank begin with those at a "
+                "lower one; use 'whitened_svd' or 'svd', or another allocation."
+            )
+        losses = {STATISTICS[name].of_labels for name in self.statistics if GRADIENTS in STATISTICS[name].sees}
+        if len(losses) > 1:
+            raise ConfigError(
+                f"{named}: the first reads gradients of the loss on the labels in the data, the second those of "
+                "labels drawn from the model, and one pass collects one of them; use method='whitened_svd', or "
+                "allocation='knapsack'."
+            )
+
     def _check_patterns(self):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -192,13 +212,30 @@ class Recipe:
 
     @property
     def needs_statistics(self):
-        """Whether the method reads calibration statistics."""
-        return bool(self.method.statistics)
+        """Whether the method or the allocator reads calibration statistics."""
+        return bool(self.statistics)
+
+    @property
+    def statistics(self):
+        """Those that the method reads, and those that the allocator does."""
+        return tuple(
+            dict.fromkeys((*self.method.statistics, *(self.allocation.statistics if self._allocates else ())))
+        )
+
+    @property
+    def first_order(self):
+        """Whether ranks depend on the changes of the loss that its gradient predicts."""
+        return self._allocates and self.allocation.first_order
+
+    @property
+    def _allocates(self):
+        """Whether the allocator is asked at all."""
+        return self.energy is None and self.rank is None
 
     @property
     def needs_curves(self):
         """Whether ranks depend on the error curves of the weights."""
-        return self.energy is not None or (self.rank is None and self.allocation.needs_curves)
+        return self.energy is not None or (self._allocates and self.allocation.needs_curves)
 
     @property
     def compares(self):
@@ -215,12 +252,12 @@ class Recipe:
     @property
     def needs_probe(self):
         """Whether ranks depend on what the model puts out with some weights factorized."""
-        return self.energy is None and self.rank is None and self.allocation.needs_probe
+        return self._allocates and self.allocation.needs_probe
 
     @property
     def needs_latencies(self):
         """Whether ranks depend on how fast factorized layers run."""
-        return self.energy is None and self.rank is None and self.allocation.needs_latencies
+        return self._allocates and self.allocation.needs_latencies
 
     def to_json(self):
         """The recipe as plain JSON, defaults included; the calibration is described by whoever resolved it."""

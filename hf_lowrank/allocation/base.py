@@ -26,8 +26,9 @@ class Candidate:
         cost (`Callable[[int], int]`): of the factors at a rank, for all copies, of biases only those that a method
             adds; grows with the rank.
         break_even (`int`): from this rank on the weight stays dense.
-        curve (`list[float]`, *optional*): entry r - 1 is the squared error at rank r; only for allocators that ask.
-        total (`float`, *optional*): the squared error of the zero matrix, which is that at rank 0; comes with `curve`.
+        curve (`list[float]`, *optional*): entry r - 1 is the squared error at rank r, or, for allocators that are
+            `first_order`, the change of the loss that its gradient predicts; only for allocators that ask.
+        total (`float`, *optional*): the same of the zero matrix, which is that at rank 0; comes with `curve`.
         dense_cost (`int`, *optional*): of the dense weight, for all copies; defaults to its parameters.
         time (`Callable[[int], int]`, *optional*): nanoseconds of one copy's factors at a rank; only for allocators
             that ask.
@@ -89,7 +90,9 @@ class Allocator:
     """Base class of allocators; a subclass is one file in `hf_lowrank/allocation`.
 
     Class attributes:
-        needs_curves (`bool`): whether candidates must carry their error curves.
+        needs_curves (`bool`): whether candidates must carry their curves.
+        first_order (`bool`): whether these are predicted changes of the loss instead of squared errors.
+        statistics (`tuple[str]`): registered statistics that its curves need beside those of the method.
         needs_probe (`bool`): whether `allocate` takes a [`Probe`] as its third argument; such an allocator has a field
             `search_samples`, the calibration sequences that the probe compares outputs on.
         cost (`str`): what candidates' costs and the budget count: `"parameters"` (bytes, where the budget is one of
@@ -98,6 +101,8 @@ class Allocator:
 
     name: ClassVar[str]
     needs_curves: ClassVar[bool] = False
+    first_order: ClassVar[bool] = False
+    statistics: ClassVar[tuple] = ()
     needs_probe: ClassVar[bool] = False
     cost: ClassVar[str] = "parameters"
 

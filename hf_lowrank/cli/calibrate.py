@@ -41,7 +41,7 @@ def run(arguments):
         "file": arguments.out,
         "bytes": size,
         "modules": len(statistics.leaders),
-        "statistics": list(config.method.statistics),
+        "statistics": list(config.statistics),
         "provenance": statistics.provenance,
     }
     text = (

@@ -277,7 +277,7 @@ def _planned(model, config, calibration):
     """`{name: site}` of what becomes factors; refuses what cannot."""
     plan = make_plan(model, config)
     if isinstance(calibration, Statistics):
-        calibration.check(plan.statistics_shapes(config.method.statistics))
+        calibration.check(plan.statistics_shapes(config.statistics))
     return plan.members
 
 

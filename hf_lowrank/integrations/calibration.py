@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 from ..checks import check_integer, check_number
 from ..errors import CalibrationError, ConfigError
 from ..statistics import Statistics
+from ..statistics.collect import check_batch
+from ..statistics.masks import IGNORED
 from .data import read_texts
 from .self_samples import sample_from
 
@@ -242,6 +244,45 @@ def is_causal(model):
     # A model that also reads images or sound has layers which text never reaches.
     text_only = model.config.get_text_config() is model.config
     return text_only and not model.config.is_encoder_decoder and model.main_input_name == "input_ids"
+
+
+def labels_for(model, batch):
+    """The labels of a batch: its own, or of a causal model the tokens that it reads; `None` where there are none."""
+    if "labels" in batch:
+        return batch["labels"]
+    if not is_causal(model) or "input_ids" not in batch:
+        return None
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+
+
+class Labelled:
+    """Batches that all have labels.
+
+    Args:
+        model (`torch.nn.Module`): what they are for.
+        batches (`Iterable[dict]`): calibration batches.
+
+    Raises:
+        CalibrationError: when a batch is met that has none.
+    """
+
+    def __init__(self, model, batches):
+        self.model, self.batches = model, batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for batch in self.batches:
+            check_batch(batch)
+            labels = labels_for(self.model, batch)
+            if labels is None:
+                raise CalibrationError(
+                    f"`calibration` has batches without `labels`, and {type(self.model).__name__} needs them here: an "
+                    "allocation or a method reads the gradient of the loss on given labels. Add them."
+                )
+            yield {**batch, "labels": labels}
 
 
 def _text_batches(texts, tokenizer, calibration, model):

@@ -10,7 +10,7 @@ from ..plan import Measured, make_plan
 from ..statistics import STATISTICS
 from ..statistics.collect import collect
 from ..statistics.sequential import collect_sequentially
-from .calibration import as_calibration, check_calibration, make_batches, saved_statistics
+from .calibration import Labelled, as_calibration, check_calibration, make_batches, saved_statistics
 from .probe import Keeping, probing
 from .progress import Progress, bar
 
@@ -57,7 +57,7 @@ def saved_for(recipe, calibration, token=None):
     """
     saved = saved_statistics(calibration, token)
     if saved is None:
-        refuse_uncollectable(recipe)
+        refuse_uncollectable(recipe, calibration)
     if saved is not None or calibration.data is None:
         given = "None" if saved is None else "saved statistics"
         if recipe.needs_probe:
@@ -78,9 +78,19 @@ def saved_for(recipe, calibration, token=None):
     return saved
 
 
-def refuse_uncollectable(recipe):
-    """Refuse a method that reads what training leaves behind, where there is only data to collect from."""
-    names = [name for name in recipe.method.statistics if not STATISTICS[name].collected]
+def refuse_uncollectable(recipe, calibration):
+    """Refuse what no data, or not this data, can tell: what training leaves behind, and gradients on the model's text.
+
+    Raises:
+        CalibrationError: naming the statistics and the cure.
+    """
+    names = [name for name in recipe.statistics if STATISTICS[name].needs_labels]
+    if names and calibration.drawn:
+        raise CalibrationError(
+            f"`allocation`={recipe.allocation.name!r} reads {names}, and on text sampled from the model itself the "
+            "gradient of its loss is noise about zero; give real text or labelled batches as `calibration`."
+        )
+    names = [name for name in recipe.statistics if not STATISTICS[name].collected]
     if names:
         raise CalibrationError(
             f"`method`={recipe.method.name!r} with these options reads {names}, which no pass over data collects. "
@@ -107,10 +117,12 @@ def collect_for(model, sites, recipe, calibration, tokenizer, keeping=None, proc
         if weight.device.type != "meta":
             require_finite(weight.detach(), f"The weight of {site.name}")
     batches, provenance = make_batches(calibration, model, tokenizer, recipe.seed, processes)
+    if any(STATISTICS[name].needs_labels for name in recipe.statistics):
+        batches = Labelled(model, batches)
     if keeping is not None:
         keeping.batches = batches
         batches = keeping
-    needed = model, sites, recipe.method.statistics, batches
+    needed = model, sites, recipe.statistics, batches
     options = {
         "provenance": provenance,
         "progress": lambda iterable: bar(iterable, "Calibrating"),

@@ -11,7 +11,7 @@ from ..errors import CalibrationError, ConfigError, NonFiniteError, ResourceErro
 from ..factorize import site_factors
 from ..statistics.collect import check_batch, device_of
 from ..statistics.masks import IGNORED, Masks
-from .calibration import is_causal
+from .calibration import labels_for
 from .progress import Progress
 
 
@@ -158,7 +158,7 @@ class _ModelProbe(Probe):
         for batch in self.batches:
             batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
             self._masks.start_batch(batch)
-            labels = self._labels(batch)
+            labels = labels_for(self.model, batch)
             output = self.model(**{**cheaper, **batch, **({} if labels is None else {"labels": labels})})
             logits = output.get("logits")
             if logits is None or logits.shape[-1] == 1:
@@ -178,14 +178,6 @@ class _ModelProbe(Probe):
         if mask is not None and mask.shape == logits.shape[:-1]:
             return logits[mask.to(logits.device)]
         return logits.reshape(-1, logits.shape[-1])
-
-    def _labels(self, batch):
-        if "labels" in batch:
-            return batch["labels"]
-        if not is_causal(self.model) or "input_ids" not in batch:
-            return None
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        return ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
 
     @contextmanager
     def _replaced(self, ranks):

@@ -161,16 +161,17 @@ class LowRankQuantizer(CompositeQuantizer):
         }
 
     def check_statistics(self):
-        """Raise [`CalibrationError`] or [`StatisticsError`] unless the method finds all that it reads."""
+        """Raise [`CalibrationError`] or [`StatisticsError`] unless method and allocator find all that they read."""
         config, statistics = self.quantization_config, self.session.statistics
         if not config.needs_statistics or not self.plan.sites:
             return
         if statistics is None:
             raise CalibrationError(
-                f"`method`={config.method.name!r} needs {list(config.method.statistics)}, but `calibration` "
-                "gives none; pass data, saved statistics, or `method='svd'`."
+                f"`method`={config.method.name!r} with `allocation`={config.allocation.name!r} needs "
+                f"{list(config.statistics)}, but `calibration` gives none; pass data, saved statistics, or "
+                "`method='svd'`."
             )
-        statistics.check(self.plan.statistics_shapes(config.method.statistics))
+        statistics.check(self.plan.statistics_shapes(config.statistics))
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         return param_name in self.placeholders or super().param_needs_quantization(model, param_name, **kwargs)

@@ -89,7 +89,7 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
     gathered = gather(model, list(plan.members.values()), config, calibration, tokenizer)
     statistics = gathered.statistics
     if statistics is not None:
-        statistics.check(plan.statistics_shapes(config.method.statistics))
+        statistics.check(plan.statistics_shapes(config.statistics))
     for site in plan.members.values():
         require_finite(site.kind.weight(model, site), f"The weight of {site.name}")
     if config.refine is not None:
@@ -187,6 +187,7 @@ def collect_statistics(
     exclude_modules=None,
     seed=0,
     accelerator=None,
+    allocation=None,
 ):
     """Run calibration data through a dense model and return what `method` needs to know.
 
@@ -201,15 +202,17 @@ def collect_statistics(
         accelerator (`accelerate.Accelerator`, *optional*): share the work out among the processes that
             `accelerate launch` has started, each with the whole model and given the same arguments. Each runs, or
             samples, its own part of the data, and all return the statistics of all of it.
+        allocation (*optional*): as in [`LowRankConfig`], for one that reads statistics of its own (`"sensitivity"`).
 
     Returns:
         [`Statistics`]; `.save("statistics.safetensors")` keeps it, and `calibration="statistics.safetensors"` uses it.
     """
-    recipe = Recipe(method=method, target_modules=target_modules, exclude_modules=exclude_modules, seed=seed)
+    targets = {"target_modules": target_modules, "exclude_modules": exclude_modules}
+    recipe = Recipe(method=method, allocation=allocation, seed=seed, **targets)
     if not recipe.needs_statistics:
         raise CalibrationError(f"`method`={recipe.method.name!r} needs no statistics.")
-    refuse_uncollectable(recipe)
     calibration = as_calibration(calibration)
+    refuse_uncollectable(recipe, calibration)
     processes, model = processes_for(accelerator, model, calibration)
     sites = match_sites(model, target_modules, exclude_modules)
     tokenizer = tokenizer_for(model, tokenizer)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..linalg import column_weighted, output_energies
 from .base import Factors, Method
@@ -7,6 +8,8 @@ from .base import Factors, Method
 @dataclass(frozen=True)
 class ColumnWeighted(Method):
     """What methods share that weigh the input channels: a subclass says how strongly each counts."""
+
+    nested: ClassVar[bool] = True
 
     def scales(self, stats):
         """The weight of each input channel, `(in,)`, at least 0, float64."""

@@ -71,6 +71,7 @@ class Method:
             size of parts, whose weight has any rank.
         searches (`bool`): whether it finds good factors rather than the best ones, so that the error may rise a little
             from one rank to the next.
+        nested (`bool`): whether the factors at a rank are the leading columns and rows of those at any higher one.
         initialises (`bool`): whether its factors do not approximate the weight, but are where training from scratch
             begins. It is then given a `seed` (`int`) beside its statistics, which differs from layer to layer, and has
             neither objective nor error curve.
@@ -86,6 +87,7 @@ class Method:
     only_format: ClassVar[bool] = False
     thin: ClassVar[bool] = True
     searches: ClassVar[bool] = False
+    nested: ClassVar[bool] = False
     initialises: ClassVar[bool] = False
 
     @property
@@ -145,6 +147,16 @@ class Method:
         """
         energies = self.energies(weight, stats)
         return torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
+
+    def loss_curve(self, weight, stats):
+        """The first-order change of the loss at every rank, `<D, W_r - W>`, in the shape of `error_curve`.
+
+        Of methods that are `nested`. `stats` hold `weight_gradient`, D, beside what the method reads.
+        """
+        size = min(weight.shape)
+        factors = self.factorize(weight, size, stats)
+        dropped = -((stats["weight_gradient"].double() @ factors.right.T) * factors.left).sum(0)
+        return torch.cat([dropped.flip(0).cumsum(0).flip(0), dropped.new_zeros(1)])
 
     def energies(self, weight, stats):
         """What each further rank takes off the objective, `(min(out, in),)`, largest first, float64."""

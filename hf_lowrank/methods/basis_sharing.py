@@ -46,6 +46,7 @@ class BasisSharing(Method):
     """
 
     statistics: ClassVar[tuple] = ("input_gram",)
+    nested: ClassVar[bool] = True
     share_layers: int = 2
     joint_groups: tuple = ()
     shrinkage: float = 0.0

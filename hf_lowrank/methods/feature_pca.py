@@ -38,6 +38,7 @@ class FeaturePCA(Method):
     """
 
     statistics: ClassVar[tuple] = ("input_covariance", "input_mean")
+    nested: ClassVar[bool] = True
     bias_correction: bool = True
 
     def __post_init__(self):

@@ -51,6 +51,7 @@ class KfacSVD(Method):
     statistics: ClassVar[tuple] = ("input_gram", "gradient_gram")
     format: ClassVar[str] = "pivoted"
     allocation: ClassVar[str] = "knapsack"
+    nested: ClassVar[bool] = True
     input_shrinkage: float = 0.1
     grad_shrinkage: float = 0.1
     shrinkage_target: str = "identity"

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..checks import check_choice
 from ..errors import ConfigError
@@ -50,6 +51,7 @@ class LPAF(Method):
         D, see [`FWSVD`].
     """
 
+    nested: ClassVar[bool] = True
     row_importance: str = "score"
     weight_axis: str = "in"
 

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -37,6 +38,7 @@ class SVD(Method):
         Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1936.
     """
 
+    nested: ClassVar[bool] = True
     solver: str = "exact"
     oversampling: int = 16
     power_iterations: int = 4

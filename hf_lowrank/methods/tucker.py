@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ..linalg import singular_energies, truncated_svd
 from ._groups import check_share_layers, checked_groups
@@ -41,6 +42,7 @@ class Tucker(Method):
         2405.06626 (its abstract). Differs: the core is folded; stacks of several weights.
     """
 
+    nested: ClassVar[bool] = True
     joint_groups: tuple = ()
     share_layers: int = 1
 

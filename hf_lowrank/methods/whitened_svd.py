@@ -42,6 +42,7 @@ class WhitenedSVD(Method):
     """
 
     statistics: ClassVar[tuple] = ("input_gram",)
+    nested: ClassVar[bool] = True
     form: str = "auto"
     shrinkage: float = 0.0
 

@@ -140,14 +140,14 @@ class Collector:
             for owner in silent:
                 self._accumulator(owner, name)
 
-    def _accumulator(self, owner, name):
-        """The one that is there, or one that has seen nothing."""
+    def _accumulator(self, owner, name, device=None):
+        """The one that is there, or one that has seen nothing; `device` is that of the weight by default."""
         if (owner, name) not in self.accumulators:
             site = self.sites[owner]
-            features = site.in_features if STATISTICS[name].sees[0] == INPUTS else site.out_features
-            device = self.model.get_parameter(site.weight_name).device
-            device = torch.device("cpu") if device.type == "meta" else device
-            self.accumulators[owner, name] = STATISTICS[name](features, device)
+            if device is None:
+                device = self.model.get_parameter(site.weight_name).device
+                device = torch.device("cpu") if device.type == "meta" else device
+            self.accumulators[owner, name] = STATISTICS[name].empty(site.out_features, site.in_features, device)
         return self.accumulators[owner, name]
 
     def _observe(self, name, inputs, outputs, routed=None):
@@ -231,15 +231,14 @@ class Collector:
         for statistic in statistics:
             given = [seen[key] for key in STATISTICS[statistic].sees]
             if (name, statistic) not in self.accumulators:
-                self._reserve(given[0], statistic)
-                self.accumulators[name, statistic] = STATISTICS[statistic](given[0].shape[-1], given[0].device)
-            self.accumulators[name, statistic].update(*given)
+                self._reserve(self.sites[name], statistic, given[0].device)
+            self._accumulator(name, statistic, given[0].device).update(*given)
 
-    def _reserve(self, rows, statistic):
+    def _reserve(self, site, statistic, device):
         """Refuse before the machine starts to swap: accumulators are touched only by and by, so nothing else would."""
-        shape = STATISTICS[statistic].shape(rows.shape[-1], rows.shape[-1])
+        shape = STATISTICS[statistic].shape(site.out_features, site.in_features)
         self._bytes += math.prod(shape) * torch.float64.itemsize
-        if rows.device.type == "cpu" and self._bytes > self._available:
+        if device.type == "cpu" and self._bytes > self._available:
             raise ResourceError(
                 f"The first {len(self.accumulators) + 1} statistics need {self._bytes / 2**30:.1f} GiB, "
                 f"{self._available / 2**30:.1f} GiB of memory are free; calibrate fewer layers at a time with "

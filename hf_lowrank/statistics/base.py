@@ -29,16 +29,24 @@ class Statistic:
             `(tokens,)`, which is 0 except where one layer holds several (experts).
         of_labels (`bool`): whether gradients are those of the model's own loss on the labels in the batch, where it
             has any; else, labels are drawn from the model's predictions.
+        needs_labels (`bool`): whether labels drawn from the model's predictions tell nothing, so that batches need
+            some; those of a causal model's text are its tokens.
         collected (`bool`): whether a pass over data collects it; what training leaves behind is never accumulated.
     """
 
     name: ClassVar[str]
     sees: ClassVar[tuple] = (INPUTS,)
     of_labels: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
     collected: ClassVar[bool] = True
 
     def __init__(self, features, device):
         raise NotImplementedError
+
+    @classmethod
+    def empty(cls, out_features, in_features, device):
+        """One that has seen nothing yet, of a layer of this shape."""
+        return cls(in_features if cls.sees[0] == INPUTS else out_features, device)
 
     @staticmethod
     def shape(out_features, in_features):

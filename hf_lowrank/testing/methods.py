@@ -53,7 +53,8 @@ def check_method(method):
     objective; a shift of the bias comes where it was announced, and is zero at full rank; same input, same bits; the
     weight is left alone; degenerate weights, singular statistics and those of inputs that were never seen give finite
     factors, and the error that is reported is the one there is; float32 and bfloat16 weights are accepted; the
-    documentation names a reference.
+    documentation names a reference. Of a method that is `nested`, factors at a rank are the leading parts of those at
+    full rank, and `loss_curve` is the first-order change of the loss.
 
     Of a method that is not as good as an SVD of its rank (`bound`), full rank need not be exact, and plain SVD is that
     of the rank it says; one that is not `thin` is not compared with it. One that `searches` has to improve with twice
@@ -102,6 +103,8 @@ def check_method(method):
             again = method.factorize(weight, rank, stats)
             assert torch.equal(again.left, factors.left)
             assert torch.equal(again.right, factors.right)
+        if method.nested:
+            _check_nested(method, weight, stats, full)
         assert torch.equal(weight, before), "the weight must not be written to"
         singular = make_statistics(method, rows, columns, tokens=columns // 3)
         unseen = OnlyDeclared({name: torch.zeros_like(statistic) for name, statistic in stats.items()})
@@ -118,6 +121,17 @@ def check_method(method):
         for dtype in (torch.float32, torch.bfloat16):
             factors = method.factorize(weight.to(dtype), size // 2, stats)
             assert factors.left.dtype == torch.float64
+
+
+def _check_nested(method, weight, stats, full):
+    """The laws of methods whose factors grow by one column and row a rank; `full` are those at full rank."""
+    gradient = make_weight(*weight.shape, seed=7)
+    curve = method.loss_curve(weight, {**stats, "weight_gradient": gradient})
+    torch.testing.assert_close(curve[0], -(gradient * weight).sum(), rtol=RTOL, atol=1e-6)
+    for rank in (1, len(curve) // 2, len(curve) - 1):
+        product = method.factorize(weight, rank, stats).product()
+        torch.testing.assert_close(full.left[:, :rank] @ full.right[:rank], product, rtol=RTOL, atol=1e-6)
+        torch.testing.assert_close(curve[rank], (gradient * (product - weight)).sum(), rtol=RTOL, atol=1e-6)
 
 
 def _check_start(method):

@@ -53,7 +53,7 @@ def check_data(config, calibration, skeleton, token=None):
     if saved is None:
         check_calibration(calibration, skeleton.model)
     else:
-        saved.check(skeleton.plan.statistics_shapes(config.method.statistics))
+        saved.check(skeleton.plan.statistics_shapes(config.statistics))
 
 
 def description(calibration):

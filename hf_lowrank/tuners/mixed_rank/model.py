@@ -150,7 +150,7 @@ def _make_factors(model, targets, pattern, config):
         return {}
     gathered = gather(model, list(plan.sites.values()), recipe, config.statistics, None)
     if gathered.statistics is not None:
-        gathered.statistics.check(plan.statistics_shapes(recipe.method.statistics))
+        gathered.statistics.check(plan.statistics_shapes(recipe.statistics))
     plan, made = informed_plan(model, recipe, gathered), {}
     for site in plan.sites.values():
         weight = site.kind.weight(model, site)
