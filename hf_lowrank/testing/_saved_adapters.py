@@ -25,20 +25,22 @@ torch.save(logits, os.path.join({folder!r}, "logits.pt"))
 """
 
 
-def check_saving(config_cls, options):
-    """By PEFT, by transformers, under another name, and in a process of its own."""
+def check_saving(base, config_cls, options):
+    """By PEFT, by transformers, under another name, and in a process of its own; `base` is for [`adapter_base`]."""
     config = config_cls(target_modules="all-linear", task_type="CAUSAL_LM", **options)
     with tempfile.TemporaryDirectory() as folder:
-        base, adapter = os.path.join(folder, "base"), os.path.join(folder, "adapter")
-        model, inputs = adapter_base()
-        model.save_pretrained(base)
-        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        where, adapter = os.path.join(folder, "base"), os.path.join(folder, "adapter")
+        model, inputs = adapter_base(*base)
+        model.save_pretrained(where)
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(where), config)
         fill(model, config)
         adapted = logits(model, inputs)
         model.save_pretrained(adapter)
         torch.save(inputs, os.path.join(folder, "inputs.pt"))
         for low_cpu_mem_usage in (False, True):
-            again = peft.PeftModel.from_pretrained(adapter_base()[0], adapter, low_cpu_mem_usage=low_cpu_mem_usage)
+            again = peft.PeftModel.from_pretrained(
+                adapter_base(*base)[0], adapter, low_cpu_mem_usage=low_cpu_mem_usage
+            )
             assert torch.equal(logits(again, inputs), adapted)
             assert not any(p.requires_grad for p in again.parameters())
         # Another name, beside an adapter that is there.
@@ -48,7 +50,7 @@ def check_saving(config_cls, options):
         assert torch.equal(logits(peft.AutoPeftModelForCausalLM.from_pretrained(adapter), inputs), adapted)
         # transformers' own loading, without a PeftModel.
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(adapter), inputs), adapted)
-        alone, before = adapter_base()[0], logits(adapter_base()[0], inputs)
+        alone, before = adapter_base(*base)[0], logits(adapter_base(*base)[0], inputs)
         alone.load_adapter(adapter)
         assert torch.equal(logits(alone, inputs), adapted)
         alone.delete_adapter("default")

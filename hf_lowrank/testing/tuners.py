@@ -38,15 +38,16 @@ BASES = (
 def check_tuner(config_cls, **options):
     """Assert the laws of tuners on `config_cls`, a class of PEFT configurations that has been registered.
 
-    A new adapter changes no bit of the output; merging changes it by rounding only, or is refused, and unmerging
-    restores the bits of the weights; an adapter that is saved and loaded, here or in another process, gives the same
-    output; adapters are switched, added up, disabled and deleted; converted to LoRA by PEFT the update is the same;
+    A new adapter changes no bit of the output; merging changes it by rounding only, and unmerging restores the
+    bits of the weights; an adapter that is saved and loaded, here or in another process, gives the same output;
+    adapters are switched, added up, disabled and deleted; converted to LoRA by PEFT the update is the same;
     gradient checkpointing gives the same gradients; bfloat16 works; `modules_to_save` are trained and saved. On
     linears with and without bias, Conv1D, and factorized layers, each of which counts as one linear.
 
-    A tuner that one of these does not apply to declares so, by class attributes as in [`FactorTuner`]; without them
-    all laws hold. Without `identity_at_start` a new adapter changes the output of a dense model; without `additive` a
-    second active adapter is refused. With `branches` each is trained in turn, and together they reach every parameter.
+    A tuner that one of these does not apply to declares so, by class attributes as in [`FactorTuner`]; without
+    them all laws hold. Without `identity_at_start` a new adapter changes the output of a dense model; without
+    `additive` a second active adapter is refused; without `merges_into_factors` merging into factorized layers is.
+    With `branches` each is trained in turn, and together they reach every parameter.
 
     Args:
         config_cls (`type`): takes `target_modules`, `modules_to_save` and `task_type` beside the options.
@@ -57,7 +58,8 @@ def check_tuner(config_cls, **options):
     _check_adapters(config_cls, options)
     _check_conversion(config_cls, options)
     _check_training(config_cls, options)
-    check_saving(config_cls, options)
+    for base in (BASES[0], BASES[3]):
+        check_saving(base, config_cls, options)
     for cast in (True, False):
         _check_bfloat16(config_cls, options, cast)
 
@@ -78,21 +80,22 @@ def _check_base(base, config):
     fill(model, config)
     weights, adapted = base_weights(model), logits(model, inputs)
     assert (adapted - before).abs().max() > 1e-3, "an adapter changes the output"
-    try:
+    merges = base[1] is None or declared(config, "merges_into_factors")
+    if merges:
         model.merge_adapter()
         torch.testing.assert_close(logits(model, inputs), adapted, **tolerance(config))
         model.unmerge_adapter()
-    except TargetError:
-        pass
+    else:
+        refused(TargetError, model.merge_adapter)
     assert_same(base_weights(model), weights)
     assert torch.equal(logits(model, inputs), adapted), "unmerging restores every bit"
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), before)
-    try:
+    if merges:
         merged = copy.deepcopy(model).merge_and_unload()
         torch.testing.assert_close(logits(merged, inputs), adapted, **tolerance(config))
-    except TargetError:
-        pass
+    else:
+        refused(TargetError, copy.deepcopy(model).merge_and_unload)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         again = peft.PeftModel.from_pretrained(adapter_base(*base)[0], folder)

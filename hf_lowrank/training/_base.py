@@ -1,6 +1,7 @@
 """What callbacks share that work on the weights of a model in training: targets, refusals, and where state lives."""
 
 import inspect
+import json
 import zlib
 from typing import ClassVar
 
@@ -26,10 +27,12 @@ class WeightCallback(TrainerCallback, ExportableState):
         prefix (`str`): what the names of its buffers begin with.
         writes (`bool`): whether it writes into weights or reads gradients between steps, of which DeepSpeed has copies
             of its own.
+        replaces (`bool`): whether `register` puts other layers in the place of the model's, as its arguments say.
     """
 
     prefix: ClassVar[str]
     writes: ClassVar[bool] = True
+    replaces: ClassVar[bool] = False
 
     def state(self):
         """What Trainer writes into a checkpoint: the arguments, and nothing else."""
@@ -48,7 +51,7 @@ class WeightCallback(TrainerCallback, ExportableState):
         """Refuse a schedule that does not fit a run of `max_steps` optimizer steps."""
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        self._register(args, model)
+        self._register(args, state, model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         what = f"the weights of {type(self).__name__}"
@@ -56,7 +59,7 @@ class WeightCallback(TrainerCallback, ExportableState):
         refuse_sharded(dict(model.named_parameters()), what)
         self.check_schedule(state.max_steps)
         if state.global_step == 0:
-            self._register(args, model)
+            self._register(args, state, model)
             self.start(model)
             self._mark(model, 0)
         elif self._marked(model) != (state.global_step, self._fingerprint(model)):
@@ -69,13 +72,32 @@ class WeightCallback(TrainerCallback, ExportableState):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self._mark(model, state.global_step)
 
-    def _register(self, args, model):
+    def _register(self, args, state, model):
         refuse_arguments(args, type(self))
-        if self._marked(model) is None:
+        name = type(self).__name__
+        if isinstance(state.stateful_callbacks.get(name), list):
+            raise ConfigError(
+                f"Several {name} in one Trainer would share their state; give one, with the targets of all."
+            )
+        arguments, before = self._arguments(), model._buffers.get(f"{self.prefix}_arguments")
+        if before is not None and int(before) != arguments:
+            if self.replaces:
+                raise ConfigError(
+                    f"The layers of this {type(model).__name__} were replaced for a {name} with other arguments, "
+                    "perhaps for a run that was refused or broken off; load the model anew, or give the same ones."
+                )
+            before = None
+        if before is None or self._marked(model) is None:
             # What an earlier run has left to be asked for is no part of this one's state.
             remove_buffers(model, self.prefix)
             self.register(model)
             add_buffer(model, model, f"{self.prefix}_run", torch.full((2,), -1, dtype=torch.int64))
+            # Of this model in memory, and no part of a checkpoint.
+            add_buffer(model, model, f"{self.prefix}_arguments", torch.tensor(arguments), persistent=False)
+
+    def _arguments(self):
+        """A number for the arguments."""
+        return zlib.crc32(json.dumps(self.state()["args"], sort_keys=True, default=repr).encode())
 
     def _mark(self, model, step):
         run = model._buffers[f"{self.prefix}_run"]
@@ -89,6 +111,7 @@ class WeightCallback(TrainerCallback, ExportableState):
     def _fingerprint(self, model):
         """A number for the buffers that are registered: loading leaves those alone that a checkpoint lacks."""
         names = [name for name, _ in model.named_buffers() if name.rpartition(".")[2].startswith(f"{self.prefix}_")]
+        names = [name for name in names if name != f"{self.prefix}_arguments"]
         return zlib.crc32("\n".join(sorted(names)).encode())
 
 
@@ -107,6 +130,22 @@ def refuse_arguments(args, callback):
         raise ConfigError(
             f"DeepSpeed steps on its own copies of weights and gradients, so that what {callback.__name__} writes "
             "would be lost; use DistributedDataParallel."
+        )
+
+
+def refuse_waiting(args, model, what):
+    """Refuse several processes that would wait for gradients of `what`, which has none in some steps.
+
+    Raises:
+        ConfigError: `Trainer` does not let DistributedDataParallel look for parameters without a gradient.
+    """
+    looks = args.ddp_find_unused_parameters
+    if looks is None:
+        looks = not (args.activation_checkpointing or getattr(model, "is_activation_checkpointing", False))
+    if args.world_size > 1 and not looks:
+        raise ConfigError(
+            f"Several processes would wait for gradients of {what}; give TrainingArguments "
+            "`ddp_find_unused_parameters`=True, without gradient checkpointing or with a non-reentrant one."
         )
 
 

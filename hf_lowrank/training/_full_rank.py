@@ -29,7 +29,9 @@ def full_rank(model, sites, format, floor=0.0):
         raise TargetError(
             "`target_modules` names experts of a mixture only, whose factors are trained as they are; widen it."
         )
-    ranks = torch.tensor([_rank(model, site, floor) for site in sites])
+    # Some backends of processes move what is on their own kind of device only.
+    device = next(model.parameters()).device
+    ranks = torch.tensor([_rank(model, site, floor) for site in sites], device=device)
     share(ranks)
     # Anchored: a key would match the ends of longer names too.
     pattern = {rf"^{re.escape(site.name)}": rank for site, rank in zip(sites, ranks.tolist(), strict=True)}

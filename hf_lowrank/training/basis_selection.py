@@ -64,6 +64,7 @@ class BasisSelectionCallback(WeightCallback):
     """
 
     prefix = "basis_selection"
+    replaces = True
 
     def __init__(
         self,
@@ -112,12 +113,10 @@ class BasisSelectionCallback(WeightCallback):
         self.seed = seed
         # Bases that are out, by layer, while an optimizer step goes on.
         self._out = {}
-        # Parameters that asked for gradients before the bases were made.
-        self._trained = set()
 
     def register(self, model):
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
         if not _layers(model):
-            self._trained = {name for name, p in model.named_parameters() if p.requires_grad}
             sites = trainable_sites(model, self.target_modules, self.exclude_modules)
             for site in sites if self.extra_rank else ():
                 check_rank(self.extra_rank, site.out_features, site.in_features, f"the bases added to {site.name}")
@@ -126,6 +125,10 @@ class BasisSelectionCallback(WeightCallback):
             for layer in _layers(model).values():
                 if self.extra_rank:
                     layer.add_bases(self.extra_rank, generator)
+        # A layer asks for gradients again if its weight did.
+        made = tuple(f"{name}." for name in _layers(model) if f"{name}.weight" in trained)
+        again = [name in trained or name.startswith(made) for name, _ in model.named_parameters()]
+        add_buffer(model, model, f"{self.prefix}_trained", torch.tensor(again))
         self._train_only_what_is_tuned(model)
         if self.importance == "taylor2":
             for layer in _layers(model).values():
@@ -199,9 +202,11 @@ class BasisSelectionCallback(WeightCallback):
                 self._prune(layer)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
+        again = model.get_buffer(f"{self.prefix}_trained").tolist()
+        trained = {name for (name, _), flag in zip(model.named_parameters(), again, strict=True) if flag}
         remove_buffers(model, self.prefix)
-        ranks, trained_layers = {}, _layers(model)
-        for name, layer in trained_layers.items():
+        ranks, layers = {}, _layers(model)
+        for name, layer in layers.items():
             count = layer.factors()[0].shape[1]
             rank = -(-count // self.rank_multiple) * self.rank_multiple
             if rank >= LowRankLinear.break_even(layer.out_features, layer.in_features):
@@ -214,9 +219,9 @@ class BasisSelectionCallback(WeightCallback):
             truncate(model, rank_pattern=pattern, format=LowRankLinear.name)
         else:
             to_dense(model)
-        made = tuple(f"{name}." for name in trained_layers if f"{name}.weight" in self._trained)
+        made = tuple(f"{name}." for name in layers if any(own.startswith(f"{name}.") for own in trained))
         for name, p in model.named_parameters():
-            if name in self._trained or name.startswith(made):
+            if name in trained or name.startswith(made):
                 p.requires_grad_(True)
 
     def _prune(self, layer):

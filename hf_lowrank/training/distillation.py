@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 import torch
 from transformers import Trainer
 
+from ..checks import check_number
 from ..errors import ConfigError
 from ..refine.base import predicted_tokens
 from ..refine.distillation import hidden_loss, logit_loss, token_contrastive_loss
@@ -35,12 +36,8 @@ class Distillation:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("temperature"):
-                if not value > 0:
-                    raise ConfigError(f"`{field.name}`={value!r} of Distillation must be above 0.")
-            elif not value >= 0:
-                raise ConfigError(f"`{field.name}`={value!r} of Distillation must be at least 0.")
+            is_temperature = field.name.endswith("temperature")
+            check_number(field.name, getattr(self, field.name), 0, owner="Distillation", open_low=is_temperature)
         if not self.task + self.logits + self.hidden + self.contrastive > 0:
             raise ConfigError("Distillation needs a loss: give `task`, `logits`, `hidden` or `contrastive` a weight.")
 
@@ -54,11 +51,21 @@ class DistillationTrainer(Trainer):
         *args, **kwargs: of `transformers.Trainer`.
 
     Raises:
-        ConfigError: a teacher whose predictions have another size.
+        ConfigError: a teacher whose predictions have another size; `compute_loss_func` or `label_smoothing_factor`,
+            which no loss here goes through; `task` for batches that the model computes no loss of.
     """
 
     def __init__(self, *args, teacher, distillation=None, **kwargs):
         super().__init__(*args, **kwargs)
+        for name, given in (
+            ("compute_loss_func", self.compute_loss_func is not None),
+            ("label_smoothing_factor", self.args.label_smoothing_factor != 0),
+        ):
+            if given:
+                raise ConfigError(
+                    f"`{name}` would be ignored: the loss is that of `distillation`, with `task` times the model's "
+                    "own on the labels. Leave it out."
+                )
         self.distillation = Distillation() if distillation is None else distillation
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self.teacher.eval()
@@ -80,6 +87,11 @@ class DistillationTrainer(Trainer):
         tokens = predicted_tokens(self.teacher, inputs, outputs["logits"])
         loss = outputs["logits"].new_zeros((), dtype=torch.float32)
         if chosen.task:
+            if outputs.get("loss") is None:
+                raise ConfigError(
+                    f"`task`={chosen.task:g} of Distillation weighs the model's own loss, and it computes none for "
+                    f"batches of {sorted(inputs)}; give `labels`, or `task`=0."
+                )
             loss = loss + chosen.task * outputs["loss"].float()
         if chosen.logits:
             loss = loss + chosen.logits * logit_loss(outputs["logits"], targets["logits"], tokens, chosen.temperature)

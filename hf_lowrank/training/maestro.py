@@ -9,6 +9,7 @@ from ..draws import deal
 from ..errors import ConfigError, TargetError
 from ..formats import LowRankLinear
 from ..linalg import balanced
+from ..surgery import ALL_LINEAR, matches
 from ._base import WeightCallback, remove_buffers, trainable_sites
 from ._components import clear_from, component_layers, importance, live_rank
 from ._full_rank import full_rank, refuse_stale
@@ -56,8 +57,8 @@ class MaestroCallback(WeightCallback):
 
     Raises:
         ConfigError: a value that is not allowed; when `Trainer` is made or training begins, `shrink_every` beyond the
-            end of the run, fp16, DeepSpeed, several GPUs in one process, or an optimizer that was made before the
-            factors.
+            end of the run, none for data without a length, fp16, DeepSpeed, several GPUs in one process, or an
+            optimizer that was made before the factors.
         TargetError: no layer to work on, one that is frozen or carries adapters, or weights that are split over
             processes.
 
@@ -95,9 +96,19 @@ class MaestroCallback(WeightCallback):
         self.seed = seed
         # Components that are not zero for good, by layer; found in the weights when a run begins or goes on.
         self._kept = {}
+        # Optimizer steps, where `shrink_every` is not given; known when a run begins.
+        self._epoch = None
 
     def register(self, model):
-        if component_layers(model):
+        layers = component_layers(model)
+        if layers:
+            apart = [name for name in layers if not self._targets(name)]
+            if apart:
+                raise TargetError(
+                    f"{apart[0]} is `low_rank` already, which MaestroCallback takes as it is, and `target_modules`="
+                    f"{self.target_modules!r} with `exclude_modules`={self.exclude_modules!r} leaves it out; leave "
+                    "both unset for a factorized model, or call hf_lowrank.to_dense(model) first."
+                )
             return
         full_rank(model, trainable_sites(model, self.target_modules, self.exclude_modules), LowRankLinear.name)
         with torch.no_grad():
@@ -105,6 +116,10 @@ class MaestroCallback(WeightCallback):
                 left, right = balanced(*layer.factors())
                 layer.left.weight.copy_(left)
                 layer.right.weight.copy_(right)
+
+    def _targets(self, name):
+        wanted = self.target_modules == ALL_LINEAR or matches(self.target_modules, name)
+        return wanted and not (self.exclude_modules is not None and matches(self.exclude_modules, name))
 
     def start(self, model):
         pass
@@ -116,7 +131,7 @@ class MaestroCallback(WeightCallback):
                 "shrink; train longer, lower it, or say so by threshold=0."
             )
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs):
         layers = component_layers(model)
         if not layers:
             raise TargetError(
@@ -133,6 +148,15 @@ class MaestroCallback(WeightCallback):
                 f"One process drives {args.n_gpu} GPUs, whose copies of the model know nothing of the draw; start one "
                 "process a GPU with `torchrun` or `accelerate launch`."
             )
+        if self.shrink_every is None and self.threshold:
+            try:
+                batches = len(train_dataloader)
+            except TypeError as error:
+                raise ConfigError(
+                    "`shrink_every`=None stands for the steps of an epoch, and data without a length has no epochs; "
+                    "give it in optimizer steps."
+                ) from error
+            self._epoch = max(1, math.ceil(batches / args.gradient_accumulation_steps))
         super().on_train_begin(args, state, control, model=model, **kwargs)
         self._kept = {name: live_rank(layer) for name, layer in layers.items()}
 
@@ -145,7 +169,7 @@ class MaestroCallback(WeightCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         super().on_step_end(args, state, control, model=model, **kwargs)
-        if self.threshold and state.global_step % self._period(state) == 0:
+        if self.threshold and state.global_step % self._period == 0:
             layers = component_layers(model)
             for name, layer in layers.items():
                 left = int((importance(layer) >= self.threshold).sum())
@@ -166,7 +190,7 @@ class MaestroCallback(WeightCallback):
     def drawn(self, state):
         """`{layer: rank}` of the layers that are truncated in the step that `state` stands before."""
         # Ranks that are left, and so the deal, are the same until the next shrinking.
-        deals, turn = divmod(state.global_step, self._period(state)) if self.threshold else (0, state.global_step)
+        deals, turn = divmod(state.global_step, self._period) if self.threshold else (0, state.global_step)
         if self.sampler == "independent":
             return {
                 name: 1 + deal(kept, turn, self.seed, deals, index)
@@ -178,8 +202,9 @@ class MaestroCallback(WeightCallback):
                 return {name: 1 + number}
             number -= kept
 
-    def _period(self, state):
-        return self.shrink_every or math.ceil(state.max_steps / max(1, state.num_train_epochs))
+    @property
+    def _period(self):
+        return self.shrink_every or self._epoch
 
     @torch.no_grad()
     def _clear(self, layers):

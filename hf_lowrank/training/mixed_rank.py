@@ -9,6 +9,7 @@ from ..errors import ConfigError, TargetError
 from ..refine.base import predicted_tokens
 from ..refine.distillation import logit_loss
 from ..sharding import refuse_fsdp, refuse_sharded
+from ._base import refuse_waiting
 from ._passes import Computed, refuse_two_passes, replaced_forward
 
 
@@ -27,8 +28,9 @@ class MixedRankCallback(TrainerCallback, ExportableState):
         seed (`int`, defaults to 0): of the draws, 0 or more.
 
     Raises:
-        ConfigError: a value that is not allowed; when training begins, T beyond the end of the run, or fp16, whose
-            gradient scaler would skip steps.
+        ConfigError: a value that is not allowed; when training begins, T beyond the end of the run, fp16, whose
+            gradient scaler would skip steps, DeepSpeed, or several processes that are not to look for unused
+            parameters (`ddp_find_unused_parameters`).
         TargetError: when training begins, a model without mixed-rank layers, or one that DeepSpeed ZeRO-3 has split.
 
     Reference:
@@ -71,6 +73,7 @@ class MixedRankCallback(TrainerCallback, ExportableState):
                 "DeepSpeed steps on flattened gradients, so that momentum would move the branch that is not drawn; "
                 "use DistributedDataParallel."
             )
+        refuse_waiting(args, model, "the branches that are not drawn")
         refuse_fsdp(model, "mixed-rank layers")
         refuse_sharded(dict(model.named_parameters()))
         if args.fp16:

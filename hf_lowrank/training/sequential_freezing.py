@@ -1,6 +1,7 @@
 """Sequential freezing: one of the two factors of every layer rests while the other is trained."""
 
 import inspect
+import sys
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -8,7 +9,7 @@ from transformers.trainer_callback import ExportableState
 from ..checks import check_integer
 from ..errors import ConfigError, TargetError
 from ..sharding import refuse_fsdp, refuse_sharded
-from ._base import refuse_arguments
+from ._base import refuse_arguments, refuse_waiting
 from ._components import component_layers
 
 
@@ -28,8 +29,9 @@ class SequentialFreezingCallback(TrainerCallback, ExportableState):
             turn is an epoch.
 
     Raises:
-        ConfigError: a value that is not allowed; when training begins, a period as long as the run, fp16, DeepSpeed,
-            or several processes that are not to look for unused parameters (`ddp_find_unused_parameters`).
+        ConfigError: a value that is not allowed; when training begins, a period as long as the run, none for data
+            without a length, fp16, DeepSpeed, or several processes that are not to look for unused parameters
+            (`ddp_find_unused_parameters`).
         TargetError: when training begins, no layer with two factors that are both trained, or weights that are split
             over processes.
 
@@ -72,16 +74,17 @@ class SequentialFreezingCallback(TrainerCallback, ExportableState):
                     "(`requires_grad_(True)`)."
                 )
         steps, epochs = state.max_steps, state.num_train_epochs
+        if self.period is None and epochs == sys.maxsize:
+            raise ConfigError(
+                "`period`=None makes an epoch a turn, and a data set without a length has no epochs; give `period` in "
+                "optimizer steps."
+            )
         if epochs < 2 if self.period is None else self.period >= steps:
             raise ConfigError(
                 f"`period`={self.period} leaves no second turn in a run of {steps} steps and {epochs} epochs; train "
                 "longer, or lower it."
             )
-        if args.world_size > 1 and not _looks_for_unused(args, model):
-            raise ConfigError(
-                "Several processes would wait for gradients of the factors that rest; give TrainingArguments "
-                "`ddp_find_unused_parameters`=True."
-            )
+        refuse_waiting(args, model, "the factors that rest")
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         resting = self.resting(state)
@@ -97,10 +100,3 @@ class SequentialFreezingCallback(TrainerCallback, ExportableState):
         for layer in component_layers(model).values():
             layer.left.weight.requires_grad_(True)
             layer.right.weight.requires_grad_(True)
-
-
-def _looks_for_unused(args, model):
-    """Whether `Trainer` lets DistributedDataParallel look for parameters without a gradient."""
-    if args.ddp_find_unused_parameters is not None:
-        return args.ddp_find_unused_parameters
-    return not (args.activation_checkpointing or getattr(model, "is_activation_checkpointing", False))

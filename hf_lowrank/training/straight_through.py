@@ -9,7 +9,8 @@ from ..integrations import LowRankConfig
 from ..integrations.planning import Gathered, informed_plan
 from ..integrations.verbs import describe, refuse_quantized
 from ..kinds import succeed
-from ._base import WeightCallback, add_buffer, remove_buffers, share, trainable_sites
+from ._base import WeightCallback, add_buffer, refuse_waiting, remove_buffers, share, trainable_sites
+from ._full_rank import refuse_stale
 from ._straight_through import StraightThroughLinear, finish, refresh, straight_through_layers
 
 
@@ -33,7 +34,8 @@ class StraightThroughFactorizerCallback(WeightCallback):
 
     Raises:
         ConfigError: an option that is not allowed; when training begins, a first refresh that would come after the
-            last one, or fp16, whose gradient scaler would skip steps.
+            last one, fp16, whose gradient scaler would skip steps, an optimizer that was made before the factors, or
+            several processes that are not to look for unused parameters (`ddp_find_unused_parameters`).
         TargetError: targets that match nothing, are frozen, or are split over processes.
 
     Reference:
@@ -42,6 +44,7 @@ class StraightThroughFactorizerCallback(WeightCallback):
     """
 
     prefix = "stf"
+    replaces = True
 
     def __init__(self, config=None, refresh_every=10, tune_fraction=0.2):
         if config is None:
@@ -100,6 +103,11 @@ class StraightThroughFactorizerCallback(WeightCallback):
 
     def start(self, model):
         self._refresh(model, 0)
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        refuse_waiting(args, model, "the factors, and then of the dense weights")
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        refuse_stale(optimizer, model)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         step, last = state.global_step, self.tunes_from(state.max_steps)

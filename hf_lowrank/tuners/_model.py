@@ -17,11 +17,13 @@ class FactorTuner(BaseTuner):
 
     Class attributes:
         identity_at_start (`bool`): whether a new adapter changes no bit of the output.
+        merges_into_factors (`bool`): whether it merges into factorized layers; otherwise that is refused.
         additive (`bool`): whether the updates of several active adapters add up; otherwise one is active at a time.
         branches (`tuple`): what a training step can draw from (values of `TwoBranches.drawn`); empty without draws.
     """
 
     identity_at_start = True
+    merges_into_factors = True
     additive = True
     branches = ()
 

@@ -118,3 +118,25 @@ def test_padding_of_a_decoder_does_not_count(tmp_path, distillation):
             padded = trainer.compute_loss(student, {**batch, "labels": labels})
             cut = trainer.compute_loss(student, {**batch, "labels": labels[:, :2].contiguous()})
         torch.testing.assert_close(padded, cut, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"logits": "1.0"}, {"task": True}, {"temperature": float("inf")}, {"hidden": float("nan")}]
+)
+def test_weights_are_finite_numbers(options):
+    with pytest.raises(ConfigError, match=f"`{next(iter(options))}`="):
+        Distillation(**options)
+
+
+def test_losses_that_would_not_be_computed_are_refused(pair, tmp_path):
+    student, teacher = pair
+    smooth = TrainingArguments(tmp_path, report_to=[], use_cpu=True, label_smoothing_factor=0.1)
+    with pytest.raises(ConfigError, match="`label_smoothing_factor` would be ignored"):
+        DistillationTrainer(student, smooth, teacher=teacher)
+    plain = TrainingArguments(tmp_path, report_to=[], use_cpu=True)
+    with pytest.raises(ConfigError, match="`compute_loss_func` would be ignored"):
+        DistillationTrainer(student, plain, teacher=teacher, compute_loss_func=lambda *_, **__: 1 / 0)
+    trainer = DistillationTrainer(student, plain, teacher=teacher, distillation=Distillation(task=1.0))
+    batch = {"input_ids": torch.stack([example["input_ids"] for example in examples()])}
+    with pytest.raises(ConfigError, match=r"computes none for batches of \['input_ids'\]; give `labels`"):
+        trainer.compute_loss(student, batch)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_lowrank import ConfigError
+from hf_lowrank import ConfigError, TargetError
 from hf_lowrank.testing import check_tuner
 from hf_lowrank.tuners import TUNERS, MixedRankConfig, MixedRankModel, WaraConfig, WaraModel, _layer
 from hf_lowrank.tuners.wara import WaraLinear
@@ -67,10 +67,17 @@ def detached(layer, monkeypatch):
     monkeypatch.setattr(WaraLinear, "factors", lambda self, name: tuple(f.detach() for f in plain(self, name)))
 
 
-@pytest.mark.parametrize("broken", [nonzero, lost, rounded, doubled, forgotten, detached])
+def refusing(layer, monkeypatch):
+    def merge(self, safe_merge=False, adapter_names=None):
+        raise TargetError("not into this one")
+
+    monkeypatch.setattr(WaraLinear, "merge", merge)
+
+
+@pytest.mark.parametrize("broken", [nonzero, lost, rounded, doubled, forgotten, detached, refusing])
 def test_the_suite_catches_a_broken_tuner(broken, monkeypatch):
     broken(_layer, monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises((AssertionError, RuntimeError, TargetError)):
         check_tuner(WaraConfig)
 
 
@@ -83,6 +90,7 @@ def test_the_suite_catches_a_broken_tuner(broken, monkeypatch):
         (MixedRankConfig, MixedRankModel, "branches", (False,)),
         (WaraConfig, WaraModel, "identity_at_start", False),
         (WaraConfig, WaraModel, "additive", False),
+        (WaraConfig, WaraModel, "merges_into_factors", False),
     ],
     ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", repr(value)),
 )

@@ -484,3 +484,15 @@ def test_factorized_layers_of_every_format_are_taken_or_refused(format, transpos
         trained = model.eval()(x)
         assert not torch.equal(trained, before)
         torch.testing.assert_close(model.merge_and_unload()(x), trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factorized", [False, True])
+def test_factors_are_made_of_weights_without_anything_merged(factorized):
+    model, _ = tiny_model("llama")
+    if factorized:
+        factorize(model, LowRankConfig("svd", 0.6))
+    model = peft.get_peft_model(model, MixedRankConfig(target_modules=["q_proj"]))
+    shake(model)
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="An adapter is merged.*`unmerge_adapter"):
+        model.add_adapter("second", MixedRankConfig(target_modules=["q_proj"]))

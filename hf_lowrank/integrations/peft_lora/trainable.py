@@ -1,14 +1,14 @@
 """Train a small part of a factorized model: the weight of each component, the factors, or some of them."""
 
-import logging
+from functools import partial
+
+from transformers.utils import is_peft_available
 
 from ...errors import ConfigError, TargetError
 from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear, TensorTrainLinear
 from ...surgery import factorized
 from .require import require_peft
 
-
-logger = logging.getLogger(__name__)
 
 PARTS = ("singular_values", "factors", "auxiliary")
 
@@ -38,7 +38,8 @@ def train_only(model, part="singular_values", adapter_name="default"):
         adapter_name (`str`, defaults to `"default"`): of the IA3 adapter.
 
     Returns:
-        A `PeftModel` for `"singular_values"`, else `model` itself, with its trainable parameters counted in the log.
+        A `PeftModel` for `"singular_values"`, else `model` itself. `print_trainable_parameters()` counts either, where
+        PEFT is installed.
 
     Raises:
         ConfigError: another part.
@@ -87,8 +88,8 @@ def _trained_in_place(model, tensors):
     for tensor in tensors:
         if tensor.is_floating_point():
             tensor.requires_grad_(True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    share = 100 * trained / total
-    logger.info("trainable params: %s || all params: %s || trainable%%: %.4f", trained, total, share)
+    if is_peft_available():
+        peft = require_peft("train_only")
+        for name in ("get_nb_trainable_parameters", "print_trainable_parameters"):
+            setattr(model, name, partial(getattr(peft.PeftModel, name), model))
     return model

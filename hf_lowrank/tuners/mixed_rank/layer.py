@@ -10,7 +10,7 @@ from ...formats import FormatLinear, LowRankLinear, as_parameter
 from ...integrations.peft_lora.merging import weight_before_merging
 from ...linalg import require_finite
 from ...methods import Factors
-from ...rewrite import check_replaceable, replace_factors
+from ...rewrite import check_replaceable, check_rewritable, replace_factors
 from ...sharding import refuse_sharded
 from .._layer import linear_shape
 from .._merge import check_mergeable, exchange_weight, first_weight, unmerge_from
@@ -56,7 +56,8 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         limit = min(linear_shape(base))
         if isinstance(base, FormatLinear):
             try:
-                check_replaceable(base)
+                # Loading may make parameters without numbers, with which nothing can be tried out.
+                check_replaceable(base) if config.ranks is None else check_rewritable(base)
             except ComputedWeightError as error:
                 raise TargetError(
                     f"{error} Mixed-rank fine-tuning trains two factors: call hf_lowrank.to_dense(model) first, or "

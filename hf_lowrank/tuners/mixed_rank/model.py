@@ -1,6 +1,7 @@
 import copy
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import ConfigError
@@ -41,6 +42,11 @@ class MixedRankModel(FactorTuner):
             raise ConfigError(
                 "`low_cpu_mem_usage`=True leaves new parameters empty until a file is loaded; factors of a new "
                 "adapter are made from the weights, so leave it out."
+            )
+        if config.ranks is None and any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
+            raise ConfigError(
+                "An adapter is merged, and factors of a new one would be made from the merged weights; call "
+                "`unmerge_adapter()` first."
             )
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
