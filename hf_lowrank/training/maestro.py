@@ -9,7 +9,7 @@ from ..draws import deal
 from ..errors import ConfigError, TargetError
 from ..formats import LowRankLinear
 from ..linalg import balanced
-from ..surgery import ALL_LINEAR, matches
+from ..surgery import ALL_LAYERS, ALL_LINEAR, matches
 from ._base import WeightCallback, remove_buffers, trainable_sites
 from ._components import clear_from, component_layers, importance, live_rank
 from ._full_rank import full_rank, refuse_stale
@@ -118,7 +118,7 @@ class MaestroCallback(WeightCallback):
                 layer.right.weight.copy_(right)
 
     def _targets(self, name):
-        wanted = self.target_modules == ALL_LINEAR or matches(self.target_modules, name)
+        wanted = self.target_modules in (ALL_LINEAR, ALL_LAYERS) or matches(self.target_modules, name)
         return wanted and not (self.exclude_modules is not None and matches(self.exclude_modules, name))
 
     def start(self, model):

@@ -55,9 +55,10 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         """
         limit = min(linear_shape(base))
         if isinstance(base, FormatLinear):
+            # Loading may make parameters without numbers, with which nothing can be tried out.
+            check = check_replaceable if config.ranks is None else check_rewritable
             try:
-                # Loading may make parameters without numbers, with which nothing can be tried out.
-                check_replaceable(base) if config.ranks is None else check_rewritable(base)
+                check(base)
             except ComputedWeightError as error:
                 raise TargetError(
                     f"{error} Mixed-rank fine-tuning trains two factors: call hf_lowrank.to_dense(model) first, or "
