@@ -127,6 +127,8 @@ def make_plan(model, recipe, available=None, measured=None):
         fixed = {site.name: recipe.rank for site in sites} | fixed
     candidates = {site.name: candidate_for(model, site, recipe, measured) for site in sites}
     free = [candidates[site.name] for site in sites if site.name not in fixed]
+    if recipe.allocates:
+        recipe.allocation.check(free)
     budget = _budget(model, sites, recipe, candidates, fixed)
     ranks = {**fixed, **_free_ranks(free, budget, recipe, measured)}
     chosen, dense = {}, []

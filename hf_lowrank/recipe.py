@@ -41,7 +41,8 @@ class Recipe:
             rank; wins over every budget. Ratios and `target_params` are of the other weights; `target_bytes` is of
             all. Of weights that a method factorizes as one, a rank for any is the rank of all.
         allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of the budget; by default what
-            suits the method: `"knapsack"` for `kfac_svd`, whose errors compare between layers, else `"uniform"`.
+            suits the method: `"knapsack"` for `kfac_svd` and `anchored_svd`, whose errors compare between
+            layers, else `"uniform"`.
         format (`str`, *optional*): how factors are stored; by default the method's own format, or one that the layer
             can take (experts are always `"low_rank"`, weights that share a factor `"shared_basis"`, those that share
             a dictionary `"dense_sparse"`).
@@ -218,24 +219,22 @@ class Recipe:
     @property
     def statistics(self):
         """Those that the method reads, and those that the allocator does."""
-        return tuple(
-            dict.fromkeys((*self.method.statistics, *(self.allocation.statistics if self._allocates else ())))
-        )
+        return tuple(dict.fromkeys((*self.method.statistics, *(self.allocation.statistics if self.allocates else ()))))
 
     @property
     def first_order(self):
         """Whether ranks depend on the changes of the loss that its gradient predicts."""
-        return self._allocates and self.allocation.first_order
+        return self.allocates and self.allocation.first_order
 
     @property
-    def _allocates(self):
+    def allocates(self):
         """Whether the allocator is asked at all."""
         return self.energy is None and self.rank is None
 
     @property
     def needs_curves(self):
         """Whether ranks depend on the error curves of the weights."""
-        return self.energy is not None or (self._allocates and self.allocation.needs_curves)
+        return self.energy is not None or (self.allocates and self.allocation.needs_curves)
 
     @property
     def compares(self):
@@ -252,12 +251,12 @@ class Recipe:
     @property
     def needs_probe(self):
         """Whether ranks depend on what the model puts out with some weights factorized."""
-        return self._allocates and self.allocation.needs_probe
+        return self.allocates and self.allocation.needs_probe
 
     @property
     def needs_latencies(self):
         """Whether ranks depend on how fast factorized layers run."""
-        return self._allocates and self.allocation.needs_latencies
+        return self.allocates and self.allocation.needs_latencies
 
     def to_json(self):
         """The recipe as plain JSON, defaults included; the calibration is described by whoever resolved it."""

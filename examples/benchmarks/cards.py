@@ -29,8 +29,10 @@ def card(name):
     evaluation = result["evaluation"]
     found = hf_lowrank.model_card(None, f"me/{name}", evaluation, dense["evaluation"], command, **BASE)
     note = (
-        f"`{command}` makes this checkpoint, in float32; all numbers below are of weights stored in bfloat16. The "
-        f"base model it was made from, and is compared with, is {result['base']}.\n\n"
+        f"`{command}` makes this model, in float32 and in a folder that it removes in the end"
+        f"{' unless `--folder` names one' if 'command_line' in command else ''}; all numbers below are of weights "
+        "stored in bfloat16. The base model it was made from, and is compared with, is "
+        f"{result['base']}.\n\n"
     )
     found.text = found.text.replace("<!-- hf_lowrank:", f"{note}<!-- hf_lowrank:", 1)
     return found

@@ -249,6 +249,8 @@ def draw(folder, path):
                 for found in of_task
                 if method in found["runs"]
             }
+            if not runs:
+                continue
             means = {ratio: sum(scores) / len(scores) for ratio, scores in runs.items()}
             spread = [[means[r] - min(runs[r]) for r in runs], [max(runs[r]) - means[r] for r in runs]]
             axes.errorbar(list(means), list(means.values()), yerr=spread, label=method, color=f"C{index}", marker="o")

@@ -111,6 +111,13 @@ class Allocator:
         """Whether candidates must carry measured times; such an allocator has fields `latencies` and `rows`."""
         return self.cost == "latency"
 
+    def check(self, candidates):
+        """Refuse options that do not fit these weights, before anything is measured; curves are not known yet.
+
+        Raises:
+            ConfigError: an option names what is not there.
+        """
+
     def allocate(self, candidates, budget):
         """Ranks within a budget.
 

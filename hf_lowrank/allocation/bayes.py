@@ -67,12 +67,16 @@ class Bayes(Allocator):
             check_number(f"initial[{kind!r}]", value, self.least_ratio, 1, self.name)
         _optuna()
 
-    def allocate(self, candidates, budget, probe):
-        optuna = _optuna()
+    def check(self, candidates):
         types = sorted({_type(candidate) for candidate in candidates})
         unknown = sorted(set(self.initial or ()) - set(types))
         if unknown:
             raise ConfigError(f"`initial` of bayes names {unknown}, but the types of the weights are {types}.")
+
+    def allocate(self, candidates, budget, probe):
+        optuna = _optuna()
+        self.check(candidates)
+        types = sorted({_type(candidate) for candidate in candidates})
         samplers = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
         seen = {}
         with _quiet(optuna):

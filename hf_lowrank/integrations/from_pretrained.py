@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer
 from .config import QUANT_METHOD
-from .planning import gather, informed_plan, saved_for
+from .planning import check_latencies, gather, informed_plan, saved_for
 from .request import check, hub_arguments, path, quantizing, refuse_start, requested, stored_method
 from .session import Rehearsed, Session
 from .verbs import factorize_in_memory
@@ -63,6 +63,7 @@ def _load(load, cls, config, args, kwargs):
         # A factorized checkpoint wins, with a warning by transformers: calibrating would be for nothing.
         if stored is None:
             refuse_start(config.method)
+            check_latencies(config)
             if config.compares:
                 return _load_compared(load, config, calibration, args, kwargs)
             if config.needs_statistics or config.needs_probe:

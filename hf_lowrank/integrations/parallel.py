@@ -86,8 +86,8 @@ def _for_factors(model, expanded):
         if (layer.name, style) not in STYLES:
             raise ConfigError(
                 f"Tensor parallelism of {name} has style {style!r}, in which {layer.name!r} cannot be split; formats "
-                f"and styles that can: {sorted(STYLES)}. Use another `format`, or leave it dense with "
-                "`exclude_modules`."
+                f"and styles that can: {sorted(STYLES)}. Factorize with format='low_rank' (of a model in memory, "
+                "hf_lowrank.truncate(model, format='low_rank')), or leave it dense with `exclude_modules`."
             )
         for child, how in STYLES[layer.name, style].items():
             # While weights stream in, the layer has placeholders too, which belong to no style.

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from ..errors import CalibrationError
 from ..factorize import measure_site
-from ..latency import latencies_for
+from ..latency import Latencies, latencies_for
 from ..linalg import require_finite
 from ..plan import Measured, make_plan
 from ..statistics import STATISTICS
@@ -76,6 +76,16 @@ def saved_for(recipe, calibration, token=None):
                 "data, or leave `refine` unset."
             )
     return saved
+
+
+def check_latencies(recipe):
+    """Read the table of latencies that `recipe` names, if any, before anything else is done.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if recipe.needs_latencies and recipe.allocation.latencies is not None:
+        Latencies.load(recipe.allocation.latencies)
 
 
 def refuse_uncollectable(recipe, calibration):

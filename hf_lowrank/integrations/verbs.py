@@ -19,7 +19,7 @@ from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
 from .densify import detach, multiply_out
-from .planning import collect_for, gather, informed_plan, refuse_uncollectable
+from .planning import check_latencies, collect_for, gather, informed_plan, refuse_uncollectable
 from .processes import processes_for
 from .progress import Progress
 from .quantizer import LowRankQuantizer, attach
@@ -82,6 +82,7 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
     if factorized(model):
         raise ConfigError("The model is factorized already; call hf_lowrank.to_dense(model) first.")
     refuse_quantized(model)
+    check_latencies(config)
     plan = make_plan(model, config, available)
     if not plan.sites:
         return model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_lowrank import LowRankConfig, factorize, summary
+from hf_lowrank import ConfigError, LowRankConfig, factorize, summary
 from hf_lowrank.testing import tiny_model
 
 
@@ -50,3 +50,25 @@ def test_rank_pattern_wins_and_the_rest_shares_the_budget(tmp_path):
     assert rows["model.layers.0.mlp.up_proj"] == 5
     assert not any("v_proj" in name for name in rows)
     assert len(set(rows.values())) > 2
+
+
+@pytest.mark.parametrize(
+    ("allocation", "match"),
+    [
+        ({"name": "knapsack", "cost": "latency", "latencies": "nope.json"}, "nope.json' is no table of latencies"),
+        ({"name": "bayes", "initial": {"query": 0.5}}, r"`initial` of bayes names \['query'\]"),
+        ({"name": "lorap", "favoured": ["nothing"], "over": ["q_proj"]}, "`favoured`"),
+    ],
+)
+def test_options_that_do_not_fit_are_told_before_any_pass(allocation, match, tmp_path):
+    model, inputs = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    passes = []
+    batches = [inputs()]
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    config = LowRankConfig(param_ratio=0.6, allocation=allocation, calibration=batches)
+    with pytest.raises(ConfigError, match=match):
+        factorize(model, config)
+    assert not passes
+    with pytest.raises(ConfigError, match=match):
+        AutoModelForCausalLM.from_pretrained(tmp_path, lowrank_config=config)
