@@ -262,7 +262,8 @@ def draw(folder, path):
         )
         axes.minorticks_off()
     panels[0].set_ylabel("accuracy")
-    panels[-1].legend(fontsize=8)
+    named = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside right center", fontsize=8)
     save_figure(figure, path)
 
 
