@@ -265,8 +265,9 @@ def test_the_trainers_options_are_checked(tmp_path):
             MixedRankTrainer(tiny_model("llama")[0], **options)
 
 
-def begin(callback, model, fp16=False, deepspeed=None, max_steps=10):
-    arguments = SimpleNamespace(fp16=fp16, deepspeed_plugin=deepspeed)
+def begin(callback, model, fp16=False, deepspeed=None, max_steps=10, **processes):
+    alone = {"world_size": 1, "ddp_find_unused_parameters": None, "activation_checkpointing": False}
+    arguments = SimpleNamespace(fp16=fp16, deepspeed_plugin=deepspeed, **(alone | processes))
     callback.on_train_begin(arguments, TrainerState(max_steps=max_steps), None, model=model)
 
 
@@ -279,6 +280,10 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path):
         begin(MixedRankCallback(), model, fp16=True)
     with pytest.raises(ConfigError, match="DeepSpeed steps on flattened gradients.*use DistributedDataParallel"):
         begin(MixedRankCallback(), model, deepspeed=object())
+    begin(MixedRankCallback(), model, world_size=2)
+    for unused in ({"ddp_find_unused_parameters": False}, {"activation_checkpointing": True}):
+        with pytest.raises(ConfigError, match="wait for gradients of the branches that are not drawn"):
+            begin(MixedRankCallback(), model, world_size=2, **unused)
     with pytest.raises(TargetError, match="no mixed-rank layer in this LlamaForCausalLM"):
         begin(MixedRankCallback(), tiny_model("llama")[0])
     next(model.parameters()).ds_id = 0
