@@ -2,8 +2,6 @@
 
 from functools import partial
 
-from transformers.utils import is_peft_available
-
 from ...errors import ConfigError, TargetError
 from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear, TensorTrainLinear
 from ...surgery import factorized
@@ -88,8 +86,10 @@ def _trained_in_place(model, tensors):
     for tensor in tensors:
         if tensor.is_floating_point():
             tensor.requires_grad_(True)
-    if is_peft_available():
-        peft = require_peft("train_only")
-        for name in ("get_nb_trainable_parameters", "print_trainable_parameters"):
-            setattr(model, name, partial(getattr(peft.PeftModel, name), model))
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return model
+    for name in ("get_nb_trainable_parameters", "print_trainable_parameters"):
+        setattr(model, name, partial(getattr(PeftModel, name), model))
     return model
