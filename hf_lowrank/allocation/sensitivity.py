@@ -19,11 +19,11 @@ class Sensitivity(Allocator):
     are left: a weight counts as dense until its factors are smaller. What is left of the budget is spent on the
     weights in their order.
 
-    First derivatives say nothing about the curvature, by which most of the loss grows: the nearer a budget is to 1, the
-    better they tell layers apart. Reads the gradients of the loss on labels in the data (text has them), so that calibration data has to
-    be real: where labels are drawn from the model, or text is its own, the gradients are noise. Goes with methods
-    whose factors at one rank begin with those at a lower one (`whitened_svd`, `svd`, `asvd`), except where these read
-    gradients of another loss (`kfac_svd`).
+    First derivatives say nothing about the curvature, by which most of the loss grows: the nearer a budget is to 1,
+    the better they tell layers apart. Reads the gradients of the loss on labels in the data (text has them), so that
+    calibration data has to be real: where labels are drawn from the model, or text is its own, the gradients are
+    noise. Goes with methods whose factors at one rank begin with those at a lower one (`whitened_svd`, `svd`, `asvd`),
+    except where these read gradients of another loss (`kfac_svd`).
 
     Args:
         least (`float`, defaults to 0.0): no weight keeps less than this part of its break-even rank, in [0, 1].
