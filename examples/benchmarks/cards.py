@@ -15,10 +15,13 @@ from benchmarks.table import RESULTS, ROOT
 FOLDER = ROOT / "model_cards"
 # What the base model's own card says; it is not read here, so that a card can be made again without the Hub.
 BASE = {"base_model": SMOLLM2, "license": "apache-2.0", "language": ["en"]}
-# By the name of the card: the file in `results/quality`, and what makes the checkpoint.
+# By the name of the card: the file in `results/quality`, and what makes the model (`make quickstart` keeps no file).
 CARDS = {
     "smollm2-135m-instruct-lowrank-0.9": ("kfac_svd-0.9-self", "make quickstart"),
-    "smollm2-135m-instruct-lowrank-0.8": ("kfac_svd-0.8-self", "python examples/factorize_from_command_line.py"),
+    "smollm2-135m-instruct-lowrank-0.8": (
+        "kfac_svd-0.8-self",
+        "python examples/factorize_from_command_line.py --folder DIR",
+    ),
 }
 
 
@@ -29,10 +32,8 @@ def card(name):
     evaluation = result["evaluation"]
     found = hf_lowrank.model_card(None, f"me/{name}", evaluation, dense["evaluation"], command, **BASE)
     note = (
-        f"`{command}` makes this model, in float32 and in a folder that it removes in the end"
-        f"{' unless `--folder` names one' if 'command_line' in command else ''}; all numbers below are of weights "
-        "stored in bfloat16. The base model it was made from, and is compared with, is "
-        f"{result['base']}.\n\n"
+        f"`{command}` makes this model, in float32; all numbers below are of weights stored in bfloat16. The base "
+        f"model it was made from, and is compared with, is {result['base']}.\n\n"
     )
     found.text = found.text.replace("<!-- hf_lowrank:", f"{note}<!-- hf_lowrank:", 1)
     return found

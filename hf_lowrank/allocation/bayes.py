@@ -68,7 +68,7 @@ class Bayes(Allocator):
         _optuna()
 
     def check(self, candidates):
-        types = sorted({_type(candidate) for candidate in candidates})
+        types = _types(candidates)
         unknown = sorted(set(self.initial or ()) - set(types))
         if unknown:
             raise ConfigError(f"`initial` of bayes names {unknown}, but the types of the weights are {types}.")
@@ -76,7 +76,7 @@ class Bayes(Allocator):
     def allocate(self, candidates, budget, probe):
         optuna = _optuna()
         self.check(candidates)
-        types = sorted({_type(candidate) for candidate in candidates})
+        types = _types(candidates)
         samplers = {"gp": optuna.samplers.GPSampler, "tpe": optuna.samplers.TPESampler}
         seen = {}
         with _quiet(optuna):
@@ -101,6 +101,10 @@ class Bayes(Allocator):
             return divergence
         # The exponential of a larger loss is no number any more; the order of such trials does not matter.
         return math.exp(min(probe.loss(factorized), 700.0)) + self.kl_weight * divergence
+
+
+def _types(candidates):
+    return sorted({_type(candidate) for candidate in candidates})
 
 
 def _type(candidate):
