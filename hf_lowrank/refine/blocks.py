@@ -80,43 +80,45 @@ class BlockRefinement(Descent):
                     source.advance(block, name)
                     for site in inside[name]:
                         replace(site)
-                self._refine_block(block, name, chain, source, masks, fixed, seed, folder)
+                calls = [calls[name] for calls in chain.calls]
+                goal = _Goal(name, calls, chain.inputs, source.inputs, masks)
+                self._refine_block(block, goal, fixed, seed, folder)
                 with torch.no_grad():
                     chain.advance(block, name)
         next(steps, None)
 
-    def _refine_block(self, block, name, chain, source, masks, fixed, seed, folder):
+    def _refine_block(self, block, goal, fixed, seed, folder):
         """Train one block, or take what an earlier call has saved of it."""
-        calls, inputs, targets = [calls[name] for calls in chain.calls], chain.inputs, source.inputs
         if folder is None:
-            self._train(block, name, calls, inputs, targets, masks, fixed, seed)
+            self._train(block, goal, fixed, seed)
             return
         parts = Parts(folder, {})
         # Everything that decides what training gives: nothing else may be taken for its result.
-        mark = digest_of_batches([asdict(self) | {"seed": seed}, block.state_dict(), *_numbered(inputs, targets)])
-        if name in parts:
+        data = _numbered(goal.inputs, goal.targets)
+        mark = digest_of_batches([asdict(self) | {"seed": seed}, block.state_dict(), *data])
+        if goal.block in parts:
             with torch.no_grad():
-                block.load_state_dict(read_part(parts, name, mark)[0])
+                block.load_state_dict(read_part(parts, goal.block, mark)[0])
             return
-        self._train(block, name, calls, inputs, targets, masks, fixed, seed)
-        parts.write(name, block.state_dict(), {"mark": mark})
+        self._train(block, goal, fixed, seed)
+        parts.write(goal.block, block.state_dict(), {"mark": mark})
 
-    def _train(self, block, name, calls, inputs, targets, masks, fixed, seed):
+    def _train(self, block, goal, fixed, seed):
         parameters = [p for p in block.parameters() if p.is_floating_point() and id(p) not in fixed]
         buffers = {key: buffer.dtype for key, buffer in block.named_buffers()}
         generator = torch.Generator().manual_seed(seed)
         with in_training(block, parameters):
             block.float()
-            optimizer, schedule = self.optimizer(parameters, self.epochs * len(inputs))
+            optimizer, schedule = self.optimizer(parameters, self.epochs * len(goal.inputs))
             try:
                 for _ in range(self.epochs):
-                    for index in torch.randperm(len(inputs), generator=generator).tolist():
-                        call, hidden = in_dtype(calls[index], inputs[index], torch.float32)
-                        loss = _relative_error(call(block, hidden), targets[index], masks[index])
+                    for index in torch.randperm(len(goal.inputs), generator=generator).tolist():
+                        call, hidden = in_dtype(goal.calls[index], goal.inputs[index], torch.float32)
+                        loss = _relative_error(call(block, hidden), goal.targets[index], goal.masks[index])
                         if not torch.isfinite(loss):
                             raise NonFiniteError(
-                                f"The refinement of {name} diverges: its loss is {loss.item()}; lower `learning_rate`="
-                                f"{self.learning_rate:g}."
+                                f"The refinement of {goal.block} diverges: its loss is {loss.item()}; lower "
+                                f"`learning_rate`={self.learning_rate:g}."
                             )
                         loss.backward()
                         self.step(parameters, optimizer, schedule)
@@ -125,6 +127,17 @@ class BlockRefinement(Descent):
                     owner, _, leaf = key.rpartition(".")
                     module = block.get_submodule(owner)
                     module._buffers[leaf] = module._buffers[leaf].to(dtype)
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """What the block of this name is called with, batch by batch, and has to give."""
+
+    block: str
+    calls: list
+    inputs: list
+    targets: list
+    masks: list
 
 
 def _relative_error(output, target, mask):

@@ -89,11 +89,11 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     trained = []
     train = BlockRefinement._train
 
-    def fail_on_the_second(self, block, name, *args):
-        trained.append(name)
+    def fail_on_the_second(self, block, goal, *args):
+        trained.append(goal.block)
         if len(trained) == 2:
             raise NonFiniteError("diverges")
-        train(self, block, name, *args)
+        train(self, block, goal, *args)
 
     monkeypatch.setattr(BlockRefinement, "_train", fail_on_the_second)
     with pytest.raises(NonFiniteError):
@@ -143,9 +143,9 @@ from walks import batches_of
 model, inputs = tiny_model("llama")
 train = BlockRefinement._train
 
-def then_die(self, block, name, *args):
-    train(self, block, name, *args)
-    if name.endswith(".1"):
+def then_die(self, block, goal, *args):
+    train(self, block, goal, *args)
+    if goal.block.endswith(".1"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 BlockRefinement._train = then_die
