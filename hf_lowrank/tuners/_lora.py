@@ -10,11 +10,8 @@ from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import TargetError
+from ..integrations.peft_lora.biases import PREFIX
 from ._layer import FactorTunerLinear
-
-
-# What PEFT puts before the names of the model's own modules.
-PREFIX = "base_model.model."
 
 
 @torch.no_grad()

@@ -1,10 +1,10 @@
+import copy
 from contextlib import contextmanager
 
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from ..errors import LowRankError
-from ..formats import FormatLinear
+from ..errors import ConfigError, LowRankError
 from ._merge import check_mergeable, settle
 
 
@@ -32,7 +32,11 @@ class FactorTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config, model_config):
         # PEFT would expand "all-linear" only after `_prepare_model`, whose checks need the names.
-        return tuners_utils._maybe_include_all_linear_layers(peft_config, self.model)
+        named = peft_config.target_modules
+        peft_config = tuners_utils._maybe_include_all_linear_layers(peft_config, self.model)
+        if peft_config.target_modules != named and peft_config.layers_to_transform is not None:
+            peft_config.target_modules = _in_layers(peft_config)
+        return peft_config
 
     def _prepare_model(self, peft_config, model):
         for name, _, base in self._targets(peft_config, model):
@@ -75,16 +79,24 @@ class FactorTuner(BaseTuner):
             setattr(parent, child_name, new_module)
             settle(new_module)
 
-    def _mark_only_adapters_as_trainable(self, model):
-        super()._mark_only_adapters_as_trainable(model)
-        for adapter in self.active_adapters:
-            for parameter in _format_biases(model, self.peft_config[adapter].bias).values():
-                parameter.requires_grad_(True)
 
-    @classmethod
-    def _get_learnable_bias_state_dict(cls, model, state_dict, config):
-        found = super()._get_learnable_bias_state_dict(model, state_dict, config)
-        return found | {name: state_dict[name] for name in _format_biases(model, config.bias) if name in state_dict}
+def _in_layers(config):
+    """Those of the full names in `target_modules` that `layers_to_transform` is about.
+
+    PEFT asks for the layer only where a target is named by its suffix.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    by_suffix = copy.copy(config)
+    by_suffix.target_modules = {name.rpartition(".")[2] for name in config.target_modules}
+    found = {name for name in config.target_modules if tuners_utils.check_target_module_exists(by_suffix, name)}
+    if not found:
+        raise ConfigError(
+            f"`layers_to_transform`={config.layers_to_transform!r} leaves none of {len(config.target_modules)} linear "
+            f"layers, such as {min(config.target_modules)}; give indices of layers that are there."
+        )
+    return found
 
 
 @contextmanager
@@ -94,13 +106,3 @@ def naming(name):
         yield
     except LowRankError as error:
         raise type(error)(f"{name}: {error}") from error
-
-
-def _format_biases(model, bias):
-    """The biases of factorized layers that `bias` asks for, by name; PEFT knows those of `torch.nn.Linear` only."""
-    return {
-        f"{name}.{module.bias_name}": module.bias
-        for name, module in model.named_modules()
-        if isinstance(module, FormatLinear) and module.bias is not None
-        if bias == "all" or (bias != "none" and name.endswith(".base_layer"))
-    }

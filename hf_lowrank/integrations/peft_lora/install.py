@@ -4,7 +4,8 @@ PEFT decides by `isinstance(layer, nn.Linear)` what it can adapt. While a model 
 pass for linears (`formats/_face.py`), so that every PEFT method finds them under the names of the dense model, and
 PEFT's own layers wrap them. Only what writes weights is replaced: merging (`merging.py`).
 
-Four public methods of PEFT's `BaseTuner` are wrapped, and the function behind `target_modules="all-linear"`.
+Four public methods of PEFT's `BaseTuner` are wrapped, what it does with biases (`biases.py`), and the function behind
+`target_modules="all-linear"`.
 """
 
 import functools
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from ...errors import ComputedWeightError, ConfigError
 from ...formats import FormatLinear, put_face_on, take_face_off
 from ..autoload import after_import
+from .biases import wrap_biases
 from .merging import MERGED, make_mergeable
 
 
@@ -55,6 +57,7 @@ def install(tuners_utils):
     wrap("inject_adapter", adapting, whole_or_not_at_all)
     wrap("merge_and_unload", adapting)
     wrap("unload", adapting)
+    wrap_biases(tuner)
 
     all_linear = tuners_utils._maybe_include_all_linear_layers
 
@@ -132,10 +135,18 @@ def check_targets(model, config, is_target):
         is_target (`Callable[[PeftConfig, str], bool]`): whether it adapts the module of a name.
 
     Raises:
-        ConfigError: an initialization that writes the weight; a layer and one of its factors at once.
+        ConfigError: an initialization that writes the weight; a layer and one of its factors at once; a layer whose
+            tuner admits no other around it.
     """
     if not getattr(config, "target_modules", None):
         return
+    for name, module in model.named_modules():
+        only = getattr(module, "only_tuner", None)
+        if only not in (None, config.peft_type) and is_target(config, name):
+            raise ConfigError(
+                f"{name} carries a {only} adapter, which takes the place of the weight that this {config.peft_type} "
+                "adapter would change; call `merge_and_unload()` or `unload()` first."
+            )
     layers = {n.removesuffix(".base_layer"): m for n, m in model.named_modules() if isinstance(m, FormatLinear)}
     names = [name for name in layers if is_target(config, name)]
     init = getattr(config, "init_lora_weights", None)
