@@ -30,15 +30,24 @@ def snapshot(layers):
 
 
 def restore(saved):
-    """Undo whatever happened to the layers since [`snapshot`]; what was moved to another device stays there."""
+    """Undo whatever happened to the layers since [`snapshot`], but for moves to another device or dtype."""
     for module, tables, attributes in saved:
-        for name, parameter in tables["_parameters"].items():
-            now = module._parameters.get(name)
-            if parameter is not None and now is not None and now.device != parameter.device:
-                parameter.data = parameter.data.to(now.device)
-        for table, content in tables.items():
+        parameters, buffers = (tables[name] for name in ("_parameters", "_buffers"))
+        for name, parameter in parameters.items():
+            if parameter is not None:
+                parameter.data = _like(parameter.data, module._parameters.get(name))
+        buffers = {name: _like(buffer, module._buffers.get(name)) for name, buffer in buffers.items()}
+        for table, content in {**tables, "_buffers": buffers}.items():
             _fill(module, table, content)
         vars(module).update(attributes)
+
+
+def _like(tensor, other):
+    """`tensor` where `other` is, and of its dtype if both are floating-point; as it is if either is `None`."""
+    if tensor is None or other is None:
+        return tensor
+    both = tensor.is_floating_point() and other.is_floating_point()
+    return tensor.to(other.device, other.dtype if both else tensor.dtype)
 
 
 def _fill(module, table, content):

@@ -1,5 +1,6 @@
 """Merging is exact, stays factorized, is saved as such, and is undone to the bit; or it is refused."""
 
+import copy
 import warnings
 
 import pytest
@@ -258,6 +259,19 @@ def test_a_mixed_model_merges_and_unmerges_one_by_one(small):
     model.unmerge_adapter()
     assert all(one is other for (_, one), (_, other) in zip(before, state(model), strict=True))
     close(logits(model.merge_and_unload(), small.inputs), expected)
+
+
+@pytest.mark.parametrize("config", ["lora", "dora", "wara"])
+@pytest.mark.parametrize("format", ["low_rank", "pivoted", "shared_basis"])
+def test_cast_while_merged(small, format, config):
+    make = CONFIGS.get(config, lambda: WaraConfig(r=4, target_modules=TARGETS))
+    model = disturb(get_peft_model(small(format), make()))
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    with model.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(logits(model, small.inputs), logits(plain, small.inputs))
+    assert {tensor.dtype for _, tensor in state(model) if tensor.is_floating_point()} == {torch.bfloat16}
 
 
 def test_quantized_factors_carry_adapters_and_refuse_to_merge(small):
