@@ -44,7 +44,7 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
         A `PeftModel` around `model`, or `model` itself if it is one. `save_pretrained` writes an ordinary LoRA.
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument out of range, or an adapter that is merged.
         TargetError: nothing to correct.
         CheckpointError: `dense` lacks a weight, or holds one of another shape.
         StatisticsError: statistics of another model or method.
@@ -72,9 +72,15 @@ def residual_adapter(model, dense, rank=16, method=None, statistics=None, target
             f"method={method.name!r}), or take `method='svd'`."
         )
     is_peft = isinstance(model, peft.PeftModel)
-    if is_peft and adapter_name in model.peft_config:
+    # Of adapters that transformers has injected, the model itself has this attribute.
+    if adapter_name in getattr(model, "peft_config", {}):
         raise ConfigError(f"`adapter_name`={adapter_name!r} is on the model already; choose another name.")
     base = model.get_base_model() if is_peft else model
+    if any(isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer) and m.merged for m in base.modules()):
+        raise ConfigError(
+            "An adapter is merged, and the residual of merged weights would take it out again; call "
+            "`unmerge_adapter()` first."
+        )
     layers = _targets(base, target_modules)
     weights = _DenseWeights(dense, base)
     updates = {}

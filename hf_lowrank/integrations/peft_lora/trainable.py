@@ -3,7 +3,7 @@
 from functools import partial
 
 from ...errors import ConfigError, TargetError
-from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear, TensorTrainLinear
+from ...formats import FormatLinear, LinearFace, LowRankLinear, SharedBasisLinear, TensorTrainLinear, is_packed
 from ...surgery import factorized
 from .require import require_peft
 
@@ -41,8 +41,8 @@ def train_only(model, part="singular_values", adapter_name="default"):
 
     Raises:
         ConfigError: another part.
-        TargetError: no factorized layer, one with adapters, or one that has no singular values (`"pivoted"`) or no
-            cores.
+        TargetError: no factorized layer, one with adapters, quantized factors to be trained, or a layer that has no
+            singular values (`"pivoted"`) or no cores.
 
     Reference:
         Basel (2405.15877, TMLR 2025) and, from memory, SVFT tune singular values. Differs: both start from the SVD of
@@ -82,10 +82,15 @@ def train_only(model, part="singular_values", adapter_name="default"):
 
 def _trained_in_place(model, tensors):
     """`model` with everything frozen but the numbers among `tensors`."""
+    numbers = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if not numbers or any(map(is_packed, numbers)):
+        raise TargetError(
+            "The factors are quantized, and cannot be trained where they are; train them before they are quantized, "
+            "or take `part`='singular_values'."
+        )
     model.requires_grad_(False)
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            tensor.requires_grad_(True)
+    for tensor in numbers:
+        tensor.requires_grad_(True)
     try:
         from peft import PeftModel
     except ImportError:

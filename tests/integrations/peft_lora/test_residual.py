@@ -175,6 +175,20 @@ def test_beside_an_adapter_that_is_there_already(made):
         residual_adapter(model, dense, 4, adapter_name="residual")
 
 
+def test_adapters_it_would_undo_or_overwrite(made):
+    dense, small, _, _, _ = made
+    model = get_peft_model(copy.deepcopy(small), CONFIGS["lora"]())
+    model.merge_adapter()
+    with pytest.raises(ConfigError, match="An adapter is merged.*`unmerge_adapter"):
+        residual_adapter(model, dense, 4, adapter_name="residual")
+    model.unmerge_adapter()
+    residual_adapter(model, dense, 4, adapter_name="residual")
+    injected = copy.deepcopy(small)
+    injected.add_adapter(CONFIGS["lora"]())
+    with pytest.raises(ConfigError, match="`adapter_name`='default' is on the model already"):
+        residual_adapter(injected, dense, 4)
+
+
 def test_over_quantized_weights(made):
     torchao = pytest.importorskip("torchao.quantization")
     dense, _, statistics, inputs, _ = made

@@ -157,6 +157,17 @@ def test_pivoted_layers_are_converted_first(small):
     torch.testing.assert_close(logits(adapted, small.inputs), expected, rtol=0, atol=1e-6)
 
 
+def test_quantized_factors_cannot_be_trained(small):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = small()
+    torchao.quantize_(
+        model, torchao.Int8WeightOnlyConfig(version=2), lambda module, name: name.endswith((".left", ".right"))
+    )
+    with pytest.raises(TargetError, match="quantized, and cannot be trained.*`part`='singular_values'"):
+        train_only(model, "factors")
+    assert train_only(model).get_nb_trainable_parameters()[0] > 0
+
+
 def test_refusals(small):
     with pytest.raises(
         ConfigError, match=r"`part`='values' of train_only is not one of \['singular_values', 'factors', 'auxiliary'\]"
