@@ -6,7 +6,7 @@ from typing import ClassVar
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from ..checks import is_integer, is_number
+from ..checks import check_boolean, is_integer, is_number
 from ..errors import ConfigError
 from ._register import extend_peft_type, saved_type
 
@@ -50,6 +50,7 @@ class TargetConfig(PeftConfig):
         if self.bias not in biases:
             raise ConfigError(f"`bias`={self.bias!r} must be one of {biases}.")
         self._check_pattern("rank_pattern")
+        self._check_layers()
         if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -75,6 +76,22 @@ class TargetConfig(PeftConfig):
                 f"`{name}`={value!r} must be a regular expression, or a non-empty list of names or suffixes."
             )
         return set(value)
+
+    def _check_layers(self):
+        # PEFT would go through the letters of a string.
+        if self.modules_to_save is not None and not _are_names(self.modules_to_save):
+            raise ConfigError(f"`modules_to_save`={self.modules_to_save!r} must be a list of names of modules.")
+        indices = self.layers_to_transform
+        listed = indices if isinstance(indices, (list, tuple)) else [] if indices is None else [indices]
+        if not all(is_integer(index, 0) for index in listed):
+            raise ConfigError(
+                f"`layers_to_transform`={indices!r} must be the index of a layer, from 0, or a list of such indices."
+            )
+        pattern = self.layers_pattern
+        if pattern is not None and not isinstance(pattern, str) and not _are_names(pattern):
+            raise ConfigError(
+                f"`layers_pattern`={pattern!r} must be the name of a list of layers, or a list of names."
+            )
 
     def _check_pattern(self, name):
         value = getattr(self, name)
@@ -109,6 +126,7 @@ class TunerConfig(TargetConfig):
         super().__post_init__()
         check_rank_option("`r`", self.r)
         _check_alpha("`lora_alpha`", self.lora_alpha)
+        check_boolean("use_rslora", self.use_rslora)
         if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"`lora_dropout`={self.lora_dropout!r} must be in [0, 1): a probability of dropping.")
         self._check_pattern("alpha_pattern")
@@ -123,6 +141,10 @@ class TunerConfig(TargetConfig):
         """The scale of the update of a module whose rank is `rank`."""
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module_name), self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _are_names(value):
+    return isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
 
 
 def check_rank_option(name, value, least=1):

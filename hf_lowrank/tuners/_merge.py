@@ -1,5 +1,7 @@
 """Write an adapter's update into a layer, and take it out again, bit for bit."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -9,8 +11,16 @@ from ..formats import FormatLinear
 from ..rewrite import check_rewritable
 
 
-# The attribute of a layer that holds the weight it had before anything was merged.
+# The attribute of a layer that holds its Kept, while anything is merged.
 KEPT = "_before_merging"
+
+
+@dataclass
+class Kept:
+    """The weight of a layer before anything was merged, and the factors `(left, right)` of what was added since."""
+
+    weight: torch.Tensor
+    updates: list = field(default_factory=list)
 
 
 def check_mergeable(base):
@@ -57,25 +67,41 @@ def merge_into(base, left, right):
             "the adapter, and at its scale. This weight is as it was; call `unmerge_adapter` for those merged before."
         )
     exchange_weight(base, merged)
+    vars(base)[KEPT].updates.append((left.detach(), right.detach()))
 
 
 def exchange_weight(base, weight):
     """Put `weight`, a tensor, in place of that of a dense `base`, which is kept if it is the first."""
-    vars(base).setdefault(KEPT, base.weight.data)
+    vars(base).setdefault(KEPT, Kept(base.weight.data))
     base.weight.data = weight
 
 
 def first_weight(base):
     """The weight of `base` before anything was merged into it."""
-    return vars(base).get(KEPT, base.weight)
+    kept = vars(base).get(KEPT)
+    return base.weight if kept is None else kept.weight
 
 
 def unmerge_from(base):
-    """Undo every [`exchange_weight`] of `base`."""
-    before = vars(base).pop(KEPT, None)
-    if before is not None:
-        # The model may have been moved or cast in between.
-        base.weight.data = before.to(base.weight.device, base.weight.dtype)
+    """Undo every [`merge_into`] and [`exchange_weight`] of `base`: to the bit, if nothing else has changed the weight.
+
+    Where adapters of another tuner have written into it meanwhile, updates are subtracted from what is there.
+    """
+    kept = vars(base).pop(KEPT, None)
+    if kept is None:
+        return
+    # The model may have been moved or cast in between.
+    now, before = base.weight.data, kept.weight.to(base.weight.device, base.weight.dtype)
+    if not kept.updates:
+        base.weight.data = before
+        return
+    lefts, rights = zip(*kept.updates, strict=True)
+    left, right, transposed = torch.cat(lefts, 1), torch.cat(rights), isinstance(base, Conv1D)
+    merged = _add_product(before, left, right, transposed)
+    # Sums of some units in the last place, more where the weight was cast after it was merged.
+    tolerance = 8 * torch.finfo(now.dtype).eps * max(merged.abs().max(), before.abs().max())
+    alone = (now - merged).abs().max() <= tolerance
+    base.weight.data = before if alone else _add_product(now, -left, right, transposed)
 
 
 def settle(base):

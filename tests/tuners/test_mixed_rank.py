@@ -22,6 +22,7 @@ from hf_lowrank import (
     StatisticsError,
     TargetError,
     UnknownNameError,
+    WaraConfig,
     collect_statistics,
     factorize,
 )
@@ -231,6 +232,59 @@ def test_the_users_configuration_serves_many_models():
         assert set(model.peft_config["default"].ranks.values()) == {8}
         assert evaluate(model, inputs()).isfinite().all()
     assert config.ranks is None
+
+
+def test_the_configuration_of_an_adapter_makes_another(tmp_path):
+    model, dense, inputs = adapted(r=8, target_modules=["up_proj"])
+    expected = evaluate(model, inputs)
+    model.save_pretrained(tmp_path)
+    model.add_adapter("again", model.peft_config["default"])
+    model.set_adapter("again")
+    assert torch.equal(evaluate(model, inputs), expected)
+    # That of a file means that its factors follow.
+    config = peft.PeftConfig.from_pretrained(str(tmp_path), inference_mode=False)
+    empty = peft.get_peft_model(copy.deepcopy(dense), config)
+    for use in (lambda: evaluate(empty, inputs), empty.merge_adapter, empty.merge_and_unload):
+        with pytest.raises(CheckpointError, match="'default' were not loaded.*`ranks`=None"):
+            use()
+    empty.load_adapter(tmp_path, "default")
+    assert torch.equal(evaluate(empty, inputs), expected)
+
+
+def test_no_other_tuner_around_or_inside():
+    targets = {"target_modules": ["q_proj", "up_proj"]}
+    for outer in (peft.LoraConfig(**targets), WaraConfig(**targets)):
+        model, _, _ = adapted(**targets)
+        with pytest.raises(ConfigError, match=r"q_proj carries a MIXED_RANK adapter.*`merge_and_unload\(\)`"):
+            peft.get_peft_model(model.get_base_model(), outer, adapter_name="outer")
+        # Beside it, there is no reason not to.
+        beside = type(outer)(target_modules=["down_proj"])
+        peft.get_peft_model(model.get_base_model(), beside, adapter_name="beside")
+    model = peft.get_peft_model(tiny_model("llama")[0], peft.LoraConfig(**targets))
+    with pytest.raises(ConfigError, match=r"q_proj: it carries an adapter of another tuner \(Linear\)"):
+        peft.get_peft_model(model.get_base_model(), MixedRankConfig(**targets), adapter_name="inner")
+
+
+def test_what_is_unloaded_is_what_was_named():
+    def two():
+        model, _, inputs = adapted(r=8, target_modules=["q_proj"])
+        model.add_adapter("other", MixedRankConfig(r=16, target_modules=["q_proj"]))
+        return model, inputs
+
+    model, inputs = two()
+    model.set_adapter("other")
+    expected = evaluate(model, inputs)
+    model, _ = two()
+    finished = model.merge_and_unload(adapter_names=["other"])
+    assert torch.equal(evaluate(finished, inputs), expected)
+    assert finished.config.quantization_config.rank == 16
+    model, _ = two()
+    model.merge_adapter(["default"])
+    with pytest.raises(ConfigError, match=r"\['default', 'other'\] would each put factors"):
+        model.merge_and_unload(adapter_names=["other"])
+    for names in (["nope"], "other"):
+        with pytest.raises(ConfigError, match=r"`adapter_names`=.* a list of names.* \['default', 'other'\]"):
+            model.merge_and_unload(adapter_names=names)
 
 
 def test_layers_that_would_not_shrink_stay_dense():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import hf_lowrank
-from hf_lowrank import ConfigError, RankError, TargetError, WaraConfig, factorize
+from hf_lowrank import ConfigError, MixedRankConfig, RankError, TargetError, WaraConfig, factorize
 from hf_lowrank.linalg import band_sizes, synthesize, wavelet_filters
 from hf_lowrank.testing import tiny_model
 from hf_lowrank.tuners.wara import WaraLinear, to_lora
@@ -299,3 +299,44 @@ def test_what_saved_adapters_say_stays_known():
             "this adapter is loaded"
         )
         assert sentence in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+@pytest.mark.parametrize("options", [{}, {"layers_pattern": "layers"}, {"target_modules": ["q_proj", "up_proj"]}])
+@pytest.mark.parametrize("config", [WaraConfig, MixedRankConfig])
+def test_layers_can_be_chosen(config, options):
+    model, _ = tiny_model("llama")
+    model = peft.get_peft_model(model, config(layers_to_transform=[1], **options))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "merged_adapters")}
+    assert len(adapted) == (2 if "target_modules" in options else 7)
+    assert all(".layers.1." in name for name in adapted)
+
+
+def test_layers_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match=r"`layers_to_transform`=\[7\] leaves none of 14 linear layers"):
+        peft.get_peft_model(tiny_model("llama")[0], WaraConfig(layers_to_transform=[7]))
+
+
+def test_beside_another_tuner_each_takes_out_its_own():
+    """A restored weight would lose, or keep, what the other has merged."""
+    targets, (model, inputs) = ["q_proj", "up_proj"], tiny_model("llama")
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    configs = {"lora": peft.LoraConfig(target_modules=targets), "wara": WaraConfig(target_modules=targets)}
+    for order in (("lora", "wara"), ("wara", "lora")):
+        model, inputs = tiny_model("llama")
+        for name in order:
+            peft.inject_adapter_in_model(configs[name], model, adapter_name=name)
+        layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+        assert len(layers) == 8
+        for layer in layers:
+            layer.set_adapter(["lora", "wara"])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.1)
+        for merging in (layers, layers[::-1]):
+            for layer in merging:
+                layer.merge()
+            for layer in layers:
+                layer.unmerge()
+            found = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+            for name, tensor in dense.items():
+                torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)

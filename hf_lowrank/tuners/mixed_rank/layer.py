@@ -33,6 +33,8 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
 
     adapter_layer_names = ("mixed_rank_left", "mixed_rank_right", "mixed_rank_full")
     other_param_names = ("keep_zeros",)
+    # Factors stand in for the weight: what another tuner would add to that is in none of them.
+    only_tuner = "MIXED_RANK"
 
     def __init__(self, base_layer):
         super().__init__()
@@ -42,6 +44,8 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         self.mixed_rank_right = nn.ParameterDict()
         self.mixed_rank_full = nn.ParameterDict()
         self.keep_zeros = {}
+        # Adapters whose factors are still to be read from a file.
+        self.unfilled = set()
         self.merged_adapters = []
 
     @staticmethod
@@ -101,6 +105,9 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         if factors is None:
             left = weight.new_full((self.out_features, rank), torch.nan)
             factors = Factors(left, left.new_full((rank, self.in_features), torch.nan), None)
+            self.unfilled.add(adapter_name)
+        else:
+            self.unfilled.discard(adapter_name)
         self.mixed_rank_left[adapter_name] = as_parameter(factors.left, weight.dtype)
         self.mixed_rank_right[adapter_name] = as_parameter(factors.right, weight.dtype)
         if config.train_full:
@@ -145,6 +152,14 @@ class MixedRankLinear(nn.Module, BaseTunerLayer, TwoBranches):
         return F.linear(F.linear(x, right), left, self.get_base_layer().bias)
 
     def _factors(self, adapter):
+        if adapter in self.unfilled:
+            if any(table[adapter].isnan().any() for table in (self.mixed_rank_left, self.mixed_rank_right)):
+                raise CheckpointError(
+                    f"The factors of the mixed-rank adapter {adapter!r} were not loaded. Its configuration is that of "
+                    "a saved adapter: load that by PeftModel.from_pretrained or load_adapter; for a new one take a "
+                    "MixedRankConfig with `ranks`=None."
+                )
+            self.unfilled.discard(adapter)
         dtype = self.get_base_layer().weight.dtype
         return self.mixed_rank_left[adapter].to(dtype), self.mixed_rank_right[adapter].to(dtype)
 

@@ -8,14 +8,18 @@ from ...errors import ConfigError
 from ...factorize import site_factors
 from ...formats import FormatLinear
 from ...integrations.config import LowRankConfig
+from ...integrations.peft_lora.biases import PREFIX
 from ...integrations.planning import gather, informed_plan
 from ...integrations.verbs import describe, refuse_offloaded, refuse_quantized
 from ...linalg import require_finite
 from ...methods import Factors
 from ...plan import make_plan
-from .._lora import PREFIX
 from .._model import FactorTuner, naming
 from .layer import MixedRankLinear, only_one
+
+
+# The attribute of a configuration whose `ranks` were found here, and not read from a file.
+MADE = "_ranks_made"
 
 
 class MixedRankModel(FactorTuner):
@@ -34,8 +38,10 @@ class MixedRankModel(FactorTuner):
     branches = (True, False)
 
     def inject_adapter(self, model, adapter_name, *args, **kwargs):
-        # The ranks found here belong to this model; the user's configuration stays as it was.
+        # The ranks found here belong to this model and adapter; the user's configuration stays as it was.
         config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        if vars(config).pop(MADE, False):
+            config.ranks = None
         # PEFT asks for empty parameters by argument, or by a context in which every new one is.
         empty = kwargs.get("low_cpu_mem_usage") or nn.ParameterList([torch.empty(1)])[0].is_meta
         if empty and config.ranks is None:
@@ -55,6 +61,11 @@ class MixedRankModel(FactorTuner):
         for name, module, base in self._targets(peft_config, model):
             own = name.removeprefix(PREFIX)
             with naming(own):
+                if isinstance(module, BaseTunerLayer) and not isinstance(module, MixedRankLinear):
+                    raise ConfigError(
+                        f"it carries an adapter of another tuner ({type(module).__name__}), which factors in the "
+                        "place of the weight would hide; call `merge_and_unload()` or `unload()` first."
+                    )
                 self.tuner_layer_cls.check(own, base, peft_config)
             if isinstance(base, FormatLinear):
                 factorized[own] = base
@@ -64,6 +75,7 @@ class MixedRankModel(FactorTuner):
         if peft_config.ranks is None and (dense or factorized):
             self._factors = _all_factors(self.model, dense, factorized, peft_config)
             peft_config.ranks = {name: factors.left.shape[1] for name, factors in self._factors.items()}
+            vars(peft_config)[MADE] = True
 
     @staticmethod
     def _check_target_module_exists(config, key):
@@ -91,7 +103,7 @@ class MixedRankModel(FactorTuner):
         Returns:
             The model that was adapted, changed in place.
         """
-        name = only_one(list(adapter_names or self.active_adapters))
+        name = self._to_merge(adapter_names)
         config = self.peft_config[name] if name else None
         model = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         if config is not None and getattr(model, "hf_quantizer", None) is None:
@@ -102,6 +114,18 @@ class MixedRankModel(FactorTuner):
             described = LowRankConfig(method=recipe.method, format=recipe.format, **given, **budget, **targets)
             describe(model, described, None)
         return model
+
+    def _to_merge(self, names):
+        """The one adapter that merging `names` is about, what is merged already included; `None` of none."""
+        if names is None:
+            names = self.active_adapters
+        elif isinstance(names, str) or not set(names) <= self.peft_config.keys():
+            raise ConfigError(
+                f"`adapter_names`={names!r} must be a list of names of adapters; there are {sorted(self.peft_config)}."
+            )
+        layers = (module for module in self.model.modules() if isinstance(module, MixedRankLinear))
+        merged = {name for layer in layers for name in layer.merged_adapters}
+        return only_one(sorted(merged.union(names)))
 
 
 def _all_factors(model, dense, factorized, config):

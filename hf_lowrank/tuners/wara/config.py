@@ -2,7 +2,7 @@ import warnings
 from dataclasses import dataclass, field
 from itertools import product
 
-from ...checks import is_number
+from ...checks import check_boolean, is_number
 from ...errors import ConfigError
 from ...linalg import band_names, wavelet_filters
 from .._config import TunerConfig, check_rank_option
@@ -79,9 +79,12 @@ class WaraConfig(TunerConfig):
         if self.mode != "weight":
             raise ConfigError(f"`mode`={self.mode!r} must be 'weight'.")
         check_rank_option("`levels`", self.levels)
+        if not isinstance(self.wavelet, str):
+            raise ConfigError(
+                f"`wavelet`={self.wavelet!r} must be the name of a wavelet of PyWavelets, such as 'db4'."
+            )
         low, _ = wavelet_filters(self.wavelet)
-        if not isinstance(self.share_subbands, bool):
-            raise ConfigError(f"`share_subbands`={self.share_subbands!r} must be True or False.")
+        check_boolean("share_subbands", self.share_subbands)
         self._check_ranks("`subband_ranks`", self.subband_ranks)
         for pattern, value in self.rank_pattern.items():
             name = f"`rank_pattern`[{pattern!r}]"
