@@ -4,6 +4,10 @@ PEFT looks for a parameter called `bias` in what it adapts; formats keep theirs 
 """
 
 import functools
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 
 from ...formats import FormatLinear
 
@@ -61,6 +65,29 @@ def wrap_biases(tuner):
     tuner._mark_only_adapters_as_trainable = mark_trainable
     tuner._get_learnable_bias_state_dict = classmethod(learnable)
     tuner._remap_adapter_state_dict_for_load = classmethod(remapped)
+
+
+def wrap_load_adapter():
+    """Wrap `PreTrainedModel.load_adapter`, by which transformers loads an adapter past PEFT."""
+    original = PreTrainedModel.load_adapter
+
+    @functools.wraps(original)
+    def load_adapter(self, *args, **kwargs):
+        plain = self._load_pretrained_model
+
+        def load(model, state_dict, checkpoint_files, load_config, **others):
+            # Here the adapter is on the model, and layers are called what its file calls them.
+            renamed = [WeightRenaming(f"^{dense}$", own) for dense, own in own_names(model).items() if dense != own]
+            load_config = replace(load_config, weight_mapping=[*(load_config.weight_mapping or ()), *renamed])
+            return plain(model, state_dict, checkpoint_files, load_config, **others)
+
+        self._load_pretrained_model = load
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self._load_pretrained_model
+
+    PreTrainedModel.load_adapter = load_adapter
 
 
 def _asked(model, config):

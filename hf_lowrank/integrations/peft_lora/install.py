@@ -4,8 +4,8 @@ PEFT decides by `isinstance(layer, nn.Linear)` what it can adapt. While a model 
 pass for linears (`formats/_face.py`), so that every PEFT method finds them under the names of the dense model, and
 PEFT's own layers wrap them. Only what writes weights is replaced: merging (`merging.py`).
 
-Four public methods of PEFT's `BaseTuner` are wrapped, what it does with biases (`biases.py`), and the function behind
-`target_modules="all-linear"`.
+Four public methods of PEFT's `BaseTuner` are wrapped, what it and transformers do with biases (`biases.py`), and the
+function behind `target_modules="all-linear"`.
 """
 
 import functools
@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from ...errors import ComputedWeightError, ConfigError
 from ...formats import FormatLinear, put_face_on, take_face_off
 from ..autoload import after_import
-from .biases import wrap_biases
+from .biases import wrap_biases, wrap_load_adapter
 from .merging import MERGED, make_mergeable
 
 
@@ -58,6 +58,7 @@ def install(tuners_utils):
     wrap("merge_and_unload", adapting)
     wrap("unload", adapting)
     wrap_biases(tuner)
+    wrap_load_adapter()
 
     all_linear = tuners_utils._maybe_include_all_linear_layers
 

@@ -61,6 +61,9 @@ def test_trained_saved_and_loaded(method, format, bias, tmp_path):
     expected = logits(model, inputs)
     again = PeftModel.from_pretrained(base(format)[0], tmp_path / "factorized")
     assert torch.equal(logits(again, inputs), expected)
+    through_transformers = base(format)[0]
+    through_transformers.load_adapter(tmp_path / "factorized")
+    assert torch.equal(logits(through_transformers.eval(), inputs), expected)
     # What was loaded is saved again.
     again.save_pretrained(tmp_path / "again")
     assert names(tmp_path / "again") == names(tmp_path / "factorized")
