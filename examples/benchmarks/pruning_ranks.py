@@ -22,7 +22,7 @@ import torch
 from transformers import logging, set_seed
 
 from benchmarks import made_up
-from benchmarks.runs import opened, save_figure, write
+from benchmarks.runs import mean_and_range, opened, save_figure, write
 from benchmarks.tasks import DATA, INSIDE, Classification, train
 from hf_lowrank import evaluation, rank_profile
 from hf_lowrank.training import FirstOrderPruningCallback
@@ -93,11 +93,9 @@ def draw(found, path):
     for axes, (measure, title) in zip(figure.subplots(1, len(MEASURES)), MEASURES.items(), strict=True):
         for shift, score in enumerate(SCORES):
             for place, keep in enumerate(keeps):
-                runs = values(f"{score} {keep:g}", measure)
-                mean = sum(runs) / len(runs)
-                spread = [[mean - min(runs)], [max(runs) - mean]]
-                label = score if place == 0 else None
-                axes.bar(place + 0.27 * (shift - 1), mean, 0.25, color=f"C{shift}", label=label, yerr=spread)
+                mean, below, above = mean_and_range(values(f"{score} {keep:g}", measure))
+                where, label = place + 0.27 * (shift - 1), score if place == 0 else None
+                axes.bar(where, mean, 0.25, color=f"C{shift}", label=label, yerr=[[below], [above]])
         untouched = values(f"{NONE} 1", measure)
         axes.axhline(sum(untouched) / len(untouched), color="black", linestyle=":", label="not pruned")
         axes.set_xticks(range(len(keeps)), [f"{keep:.0%} kept" for keep in keeps])

@@ -43,6 +43,13 @@ def compared(runs, baseline):
     return statistics.mean(differences), float(stats.t.ppf(0.975, len(differences) - 1)) * spread
 
 
+def mean_and_range(values):
+    """`(mean, how far the least is below it, how far the largest is above it)`, none of them negative."""
+    mean = statistics.mean(values)
+    # The mean of equal numbers can be one unit in the last place off.
+    return mean, max(0.0, mean - min(values)), max(0.0, max(values) - mean)
+
+
 def cells(runs, baseline):
     """`(seeds, mean, deviation, difference from the baseline)` as a table shows them."""
     scores = [run["score"] for run in runs.values()]

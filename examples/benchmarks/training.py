@@ -33,7 +33,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, logging, set_seed
 
 from benchmarks import made_up, setups
-from benchmarks.runs import cells, opened, save_figure, write
+from benchmarks.runs import cells, mean_and_range, opened, save_figure, write
 from benchmarks.table import ROOT, into_readme
 from benchmarks.tasks import DATA, GLUE, INSIDE, Classification, train
 from hf_lowrank import LowRankConfig, MixedRankConfig, evaluation, factorize, training
@@ -251,9 +251,8 @@ def draw(folder, path):
             }
             if not runs:
                 continue
-            means = {ratio: sum(scores) / len(scores) for ratio, scores in runs.items()}
-            spread = [[means[r] - min(runs[r]) for r in runs], [max(runs[r]) - means[r] for r in runs]]
-            axes.errorbar(list(means), list(means.values()), yerr=spread, label=method, color=f"C{index}", marker="o")
+            means, below, above = zip(*map(mean_and_range, runs.values()), strict=True)
+            axes.errorbar(list(runs), means, yerr=[below, above], label=method, color=f"C{index}", marker="o")
         scores = [run["score"] for run in of_task[0]["runs"]["dense"].values()]
         axes.axhline(sum(scores) / len(scores), color="black", linestyle=":", label="dense")
         axes.set(title=task, xlabel="linear parameters kept", xscale="log")
