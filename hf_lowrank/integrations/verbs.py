@@ -1,14 +1,16 @@
 """The verbs for models in memory: factorize, collect_statistics, to_dense."""
 
 import os
+import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import CalibrationError, ConfigError, LowRankError
+from ..errors import CalibrationError, ConfigError, LowRankError, TargetError
 from ..factorize import factorize_site, shifted_bias
 from ..linalg import require_finite
 from ..plan import make_plan
@@ -81,6 +83,7 @@ def factorize_in_memory(model, config, calibration, tokenizer, available=None):
     """
     if factorized(model):
         raise ConfigError("The model is factorized already; call hf_lowrank.to_dense(model) first.")
+    refuse_wrapped(model)
     refuse_quantized(model)
     check_latencies(config)
     plan = make_plan(model, config, available)
@@ -161,6 +164,22 @@ def outermost_pretrained(module):
     return [found for child in module.children() for found in outermost_pretrained(child)]
 
 
+def refuse_wrapped(model):
+    """Layers of adapters are linears too, and not those of the model; hooks of compiled modules do not run."""
+    # Where nobody has imported PEFT, there are no adapters.
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    for name, module in model.named_modules():
+        if tuners is not None and isinstance(module, tuners.BaseTunerLayer):
+            raise TargetError(
+                f"{name or 'The model'} carries adapters; call `merge_and_unload()` first, or factorize the model and "
+                "add the adapter then."
+            )
+        if is_compiled_module(module):
+            raise TargetError(
+                f"{name or 'The model'} is compiled; give what was compiled, its `_orig_mod`, and compile afterwards."
+            )
+
+
 def refuse_quantized(model):
     """Weights that another quantizer packs are not there to be factorized; those out of GGUF files are unpacked."""
     quantizer = getattr(model, "hf_quantizer", None)
@@ -207,6 +226,10 @@ def collect_statistics(
 
     Returns:
         [`Statistics`]; `.save("statistics.safetensors")` keeps it, and `calibration="statistics.safetensors"` uses it.
+
+    Raises:
+        TargetError: targets that there are not, adapters on the model, or a model that is compiled.
+        CalibrationError: data that does not fit the model, or a method that needs none.
     """
     targets = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     recipe = Recipe(method=method, allocation=allocation, seed=seed, **targets)
@@ -215,6 +238,7 @@ def collect_statistics(
     calibration = as_calibration(calibration)
     refuse_uncollectable(recipe, calibration)
     processes, model = processes_for(accelerator, model, calibration)
+    refuse_wrapped(model)
     sites = match_sites(model, target_modules, exclude_modules)
     tokenizer = tokenizer_for(model, tokenizer)
     return collect_for(model, sites, recipe, calibration, tokenizer, processes=processes)

@@ -400,6 +400,33 @@ def test_a_name_is_no_model():
         factorize("me/model", svd())
 
 
+@pytest.mark.parametrize("wrap", ["add_adapter", "get_peft_model", "inside"])
+def test_adapters_are_not_factorized(wrap):
+    peft = pytest.importorskip("peft")
+    model, inputs = tiny_model("llama")
+    adapter = peft.LoraConfig(target_modules=["q_proj"], r=8)
+    if wrap == "add_adapter":
+        model.add_adapter(adapter)
+    else:
+        peft_model = peft.get_peft_model(model, adapter)
+        model = peft_model if wrap == "get_peft_model" else peft_model.base_model.model
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(hf_lowrank.TargetError, match=r"layers.0.self_attn.q_proj carries adapters; call `merge_and"):
+        factorize(model, svd())
+    with pytest.raises(hf_lowrank.TargetError, match="carries adapters"):
+        collect_statistics(model, [inputs()])
+    assert [type(module) for module in model.modules()] == kinds
+    if wrap == "get_peft_model":
+        assert isinstance(factorize(model.merge_and_unload(), svd()).model.layers[0].self_attn.q_proj, LowRankLinear)
+
+
+def test_a_compiled_model_is_compiled_after_it_is_factorized():
+    model, inputs = tiny_model("llama")
+    for verb in (lambda one: factorize(one, svd()), lambda one: collect_statistics(one, [inputs()])):
+        with pytest.raises(hf_lowrank.TargetError, match="The model is compiled; give what was compiled"):
+            verb(torch.compile(model, backend="eager"))
+
+
 def test_a_budget_that_cannot_be_met_is_said(caplog):
     factorize(tiny_model("llama")[0], svd(param_ratio=None, target_params=1))
     assert "The budget is 1 parameters, but even the smallest allowed ranks keep" in caplog.text
