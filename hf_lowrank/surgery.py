@@ -1,6 +1,7 @@
 """Find the linear maps of a model, dense or factorized. Works by module shape; knows no architecture."""
 
 import re
+import sys
 
 from torch import nn
 
@@ -46,33 +47,48 @@ def factorized(model):
             found[name] = conv_kind(module)
         else:
             for site_name in sorted(getattr(module, "lowrank_sites", ())):
-                found[f"{name}.{site_name}" if name else site_name] = module.lowrank_kind
+                found[_join(name, site_name)] = module.lowrank_kind
     return found
+
+
+def outermost_pretrained(module, name=""):
+    """`[(name, model)]` of the transformers models in `module` that are not part of another one."""
+    # Attributes do not tell: wrappers forward those of what they wrap. Who has such a model has imported transformers.
+    if isinstance(module, getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())):
+        return [(name, module)]
+    children = module.named_children()
+    return [found for child, part in children for found in outermost_pretrained(part, _join(name, child))]
+
+
+def _join(prefix, name):
+    return f"{prefix}.{name}" if prefix else name
 
 
 def tied_weights(model):
     """Names of parameters that stand for more than one: declared by transformers, or the same object twice."""
-    declared = getattr(model, "all_tied_weights_keys", None) or {}
-    paths = {}
+    names, paths = set(), {}
+    for prefix, part in outermost_pretrained(model):
+        declared = getattr(part, "all_tied_weights_keys", None) or {}
+        names.update(_join(prefix, name) for pair in declared.items() for name in pair)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         paths.setdefault(id(parameter), []).append(name)
-    twice = {name for names in paths.values() if len(names) > 1 for name in names}
-    return {*declared.keys(), *declared.values()} | twice
+    return names.union(*(same for same in paths.values() if len(same) > 1))
 
 
 def default_exclusions(model):
     """Names that `"all-linear"` and `"all-layers"` leave alone: embeddings' linears, output heads, and tied weights.
 
-    A head is the output embedding and, where a model declares its base (`base_model_prefix`), every linear outside it.
+    A head is the output embedding of a transformers model and, where it declares its base (`base_model_prefix`), every
+    linear of it outside that.
     """
     names = {key.removesuffix(".weight") for key in tied_weights(model)}
-    prefix = getattr(model, "base_model_prefix", "")
-    base = getattr(model, prefix, None) if prefix else None
-    outside = isinstance(base, nn.Module)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    for name, module in model.named_modules():
-        if module is head or (outside and name and not (name + ".").startswith(prefix + ".")):
-            names.add(name)
+    for start, part in outermost_pretrained(model):
+        head, prefix = part.get_output_embeddings(), part.base_model_prefix
+        outside = bool(prefix) and isinstance(getattr(part, prefix, None), nn.Module)
+        inside = f"{_join(start, prefix)}."
+        for name, module in part.named_modules(prefix=start):
+            if module is head or (outside and name != start and not f"{name}.".startswith(inside)):
+                names.add(name)
     return names
 
 

@@ -7,13 +7,13 @@ from ..errors import CalibrationError
 from ..passes import prune as passes
 from ..readme import repository
 from ..statistics.collect import collect
-from ..surgery import factorized
+from ..surgery import factorized, outermost_pretrained
 from ..versions import versions
 from .calibration import as_calibration, check_calibration, make_batches, saved_statistics
 from .config import LowRankConfig
 from .progress import bar
 from .quantizer import LowRankQuantizer, attach
-from .verbs import outermost_pretrained, refuse_offloaded, refuse_quantized, tokenizer_for
+from .verbs import refuse_offloaded, refuse_quantized, tokenizer_for
 
 
 def prune_channels(
@@ -100,7 +100,7 @@ def prune_channels(
 
 def _describe(model, record):
     """Let the transformers models in `model` be saved with the widths of their layers, and say how they came about."""
-    for part in outermost_pretrained(model):
+    for _, part in outermost_pretrained(model):
         if not factorized(part):
             continue
         if not isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 from accelerate.utils import is_compiled_module
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import CalibrationError, ConfigError, LowRankError, TargetError
 from ..factorize import factorize_site, shifted_bias
@@ -16,7 +15,7 @@ from ..linalg import require_finite
 from ..plan import make_plan
 from ..recipe import Recipe
 from ..replace import Made, put
-from ..surgery import all_sites, factorized, match_sites
+from ..surgery import all_sites, factorized, match_sites, outermost_pretrained
 from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
@@ -125,7 +124,7 @@ def describe(model, config, provenance):
         provenance (`dict`, *optional*): JSON that describes the calibration data.
     """
     config.record(model, provenance)
-    for part in outermost_pretrained(model):
+    for _, part in outermost_pretrained(model):
         if factorized(part):
             attach(part, config)
 
@@ -155,13 +154,6 @@ def _making(model, plan, config, statistics):
         yield make
     finally:
         progress.close()
-
-
-def outermost_pretrained(module):
-    """The transformers models in `module` that are not part of another one."""
-    if isinstance(module, PreTrainedModel):
-        return [module]
-    return [found for child in module.children() for found in outermost_pretrained(child)]
 
 
 def refuse_wrapped(model):
@@ -240,6 +232,11 @@ def collect_statistics(
     processes, model = processes_for(accelerator, model, calibration)
     refuse_wrapped(model)
     sites = match_sites(model, target_modules, exclude_modules)
+    if not sites:
+        raise TargetError(
+            f"`target_modules`={target_modules!r} leaves no linear layer of this {type(model).__name__} after "
+            f"`exclude_modules`={exclude_modules!r}; widen the one or narrow the other."
+        )
     tokenizer = tokenizer_for(model, tokenizer)
     return collect_for(model, sites, recipe, calibration, tokenizer, processes=processes)
 
@@ -260,7 +257,7 @@ def to_dense(model):
     if "" in factorized(model):
         return to_dense(_held(model)).root
     multiply_out(model)
-    for part in outermost_pretrained(model):
+    for _, part in outermost_pretrained(model):
         if isinstance(getattr(part, "hf_quantizer", None), LowRankQuantizer):
             detach(part)
     return model

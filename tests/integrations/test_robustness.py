@@ -24,6 +24,7 @@ from hf_lowrank import (
     to_dense,
 )
 from hf_lowrank.integrations.guard import GUARD
+from hf_lowrank.surgery import all_sites, match_sites
 from hf_lowrank.testing import tiny_model
 
 
@@ -149,6 +150,31 @@ def test_a_model_inside_a_module_saves_what_it_is(tmp_path):
     assert isinstance(wrapper.extra, LowRankLinear)
     wrapper.lm.save_pretrained(tmp_path)
     assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path)), run(wrapper.lm))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: nn.ModuleDict({"a": nn.ModuleDict({"m": model})})])
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_a_model_inside_a_module_has_the_targets_that_it_has_alone(architecture, wrap):
+    alone, wrapped = tiny_model(architecture)[0], wrap(tiny_model(architecture)[0])
+    name = next(name for name, module in wrapped.named_modules() if type(module) is type(alone))
+    expected = [f"{name}.{site.name}" for site in match_sites(alone)]
+    assert [site.name for site in match_sites(wrapped)] == expected
+    assert len(expected) < len(all_sites(wrapped)), "there is a head"
+
+
+def test_declared_ties_are_found_in_a_model_inside_a_module():
+    with torch.device("meta"):
+        model, _ = tiny_model("llama")
+    model.all_tied_weights_keys = {"model.layers.0.mlp.up_proj.weight": "model.layers.1.mlp.up_proj.weight"}
+    names = {site.name for site in match_sites(nn.ModuleDict({"m": model}))}
+    assert {f"m.{site.name}" for site in match_sites(model)} == names
+    assert not any("up_proj" in name for name in names) and any("down_proj" in name for name in names)
+
+
+def test_statistics_of_nothing_are_refused():
+    model, inputs = tiny_model("llama")
+    with pytest.raises(hf_lowrank.TargetError, match="leaves no linear layer of this LlamaForCausalLM after"):
+        collect_statistics(model, [inputs()], exclude_modules=".*")
 
 
 def test_calibration_data_does_not_stay_with_the_model(llama, tmp_path):
