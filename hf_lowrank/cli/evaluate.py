@@ -33,14 +33,11 @@ def run(arguments):
     check_dtype(arguments.dtype)
     if arguments.output is not None:
         check_output(arguments.output, "`--output`")
+    perplexity = None if arguments.perplexity is None else labelled(arguments.perplexity)
+    multiple_choice = _tasks(arguments.multiple_choice)
     dtype = {} if arguments.dtype is None else {"dtype": arguments.dtype}
     model = load_model(arguments.model, **dtype)
-    result = evaluate(
-        model,
-        perplexity=None if arguments.perplexity is None else labelled(arguments.perplexity),
-        multiple_choice=_tasks(arguments.multiple_choice),
-        **given(arguments, OPTIONS),
-    )
+    result = evaluate(model, perplexity=perplexity, multiple_choice=multiple_choice, **given(arguments, OPTIONS))
     if arguments.output is not None:
         result.save(arguments.output)
     return result

@@ -79,9 +79,19 @@ def add_parameters(parser, function, names):
 
 
 def labelled(entries):
-    """`{label: file}` of entries `[LABEL=]FILE`; a file without a label has its own name."""
-    pairs = (entry.partition("=") for entry in entries)
-    return {label if file else Path(label).stem: file or label for label, _, file in pairs}
+    """`{label: file}` of entries `[LABEL=]FILE`; a file without a label has its own name.
+
+    Raises:
+        ConfigError: two with one label.
+    """
+    found = {}
+    for entry in entries:
+        label, _, file = entry.partition("=")
+        label, file = (label, file) if file else (Path(label).stem, label)
+        if label in found:
+            raise ConfigError(f"Two files are called {label!r}, {found[label]} and {file}; give LABEL=FILE.")
+        found[label] = file
+    return found
 
 
 def given(arguments, names):

@@ -10,7 +10,7 @@ import yaml
 import hf_lowrank
 from hf_lowrank import Calibration, ConfigError, Recipe
 from hf_lowrank.cli import calibrate, evaluate, factorize, inspect, list, push, report, to_dense
-from hf_lowrank.cli.options import Argument, documentation, value
+from hf_lowrank.cli.options import Argument, documentation, labelled, value
 from hf_lowrank.cli.recipe import recipe_from
 
 
@@ -82,6 +82,19 @@ def test_documentation_is_read_as_it_stands():
 )
 def test_values(text, expected):
     assert value(text) == expected
+
+
+def test_labels_of_files():
+    assert labelled(["dense/eval.json", "small=small/eval.json"]) == {
+        "eval": "dense/eval.json",
+        "small": "small/eval.json",
+    }
+    with pytest.raises(
+        ConfigError, match="Two files are called 'eval', dense/eval.json and small/eval.json; give LAB"
+    ):
+        labelled(["dense/eval.json", "small/eval.json"])
+    with pytest.raises(ConfigError, match="Two files are called 'a'"):
+        labelled(["a=b.json", "a=c.json"])
 
 
 def test_only_what_is_given_is_in_the_recipe():
