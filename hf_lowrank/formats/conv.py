@@ -1,6 +1,7 @@
 """The convolution face of the format `low_rank`: two convolutions in a row."""
 
 import math
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -41,6 +42,16 @@ class LowRankConv(FactorizedLayer):
 
     name = "low_rank"
     bias_name = "left.bias"
+
+    # What the code of models reads off the dense convolution.
+    in_channels = property(attrgetter("right.in_channels"), doc="Channels of the input.")
+    out_channels = property(attrgetter("left.out_channels"), doc="Channels of the output.")
+    kernel_size = property(attrgetter("right.kernel_size"), doc="Places that one output looks at, by dimension.")
+    stride = property(attrgetter("right.stride"), doc="Steps from one output to the next, by dimension.")
+    padding = property(attrgetter("right.padding"), doc="What is added at the edges, by dimension, or its name.")
+    padding_mode = property(attrgetter("right.padding_mode"), doc="What it is filled with.")
+    dilation = property(attrgetter("right.dilation"), doc="Distances inside the kernel, by dimension.")
+    groups = property(attrgetter("right.groups"), doc="In how many parts channels fall, which do not see each other.")
 
     def __init__(
         self,
@@ -86,15 +97,15 @@ class LowRankConv(FactorizedLayer):
     def empty_dense(self):
         """A dense convolution of the same geometry, with bias or without, on the meta device."""
         return type(self.right)(
-            self.right.in_channels,
-            self.left.out_channels,
-            self.right.kernel_size,
-            self.right.stride,
-            self.right.padding,
-            self.right.dilation,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
             self.groups,
             self.bias is not None,
-            self.right.padding_mode,
+            self.padding_mode,
             device="meta",
             dtype=self.right.weight.dtype,
         )
@@ -108,11 +119,6 @@ class LowRankConv(FactorizedLayer):
         return {"left.weight": as_parameter(left, dtype), "right.weight": as_parameter(right, dtype)}
 
     @property
-    def groups(self):
-        """In how many parts channels fall, which do not see each other."""
-        return self.right.groups
-
-    @property
     def rank(self):
         """Channels between the two steps, of one group, read off the weights."""
         return self.right.weight.shape[0] // self.groups
@@ -120,7 +126,7 @@ class LowRankConv(FactorizedLayer):
     @property
     def out_features(self):
         """Rows of the matrix of one group."""
-        return self.left.out_channels // self.groups
+        return self.out_channels // self.groups
 
     @property
     def in_features(self):
@@ -130,7 +136,7 @@ class LowRankConv(FactorizedLayer):
     @property
     def dense_shape(self):
         """`(out, in / groups, *kernel_size)`."""
-        return (self.left.out_channels, *self.right.weight.shape[1:])
+        return (self.out_channels, *self.right.weight.shape[1:])
 
     def spec(self):
         """The JSON description: `{"format": "low_rank", "rank": r}`."""

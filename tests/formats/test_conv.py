@@ -4,7 +4,13 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+)
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, LowRankConv, LowRankLinear, RankError, factorize, summary, to_dense
@@ -43,6 +49,8 @@ def test_two_steps_are_the_convolution_with_the_product_whatever_its_geometry(cl
     layer = factorize(copy.deepcopy(dense), svd(rank_pattern={"root": 3}))
     assert isinstance(layer, LowRankConv)
     assert layer.rank == 3
+    for name in set(dense.__constants__) - {"output_padding"}:
+        assert getattr(layer, name) == getattr(dense, name), "what the code of models may read"
     kernel = layer.dense_weight()
     assert kernel.shape == dense.weight.shape == layer.weight.shape
     again = to_dense(layer)
@@ -152,6 +160,19 @@ def test_a_vision_model_comes_back_bit_for_bit(tmp_path, dtype):
     plain = ConvNextForImageClassification.from_pretrained(tmp_path / "again", dtype=dtype)
     assert not hasattr(plain, "hf_quantizer") or plain.hf_quantizer is None
     torch.testing.assert_close(plain(images).logits, logits, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+
+
+def test_a_model_that_reads_the_geometry_of_its_convolutions():
+    torch.manual_seed(0)
+    model = MobileNetV2ForImageClassification(MobileNetV2Config(depth_multiplier=0.35, num_labels=3)).eval()
+    images = torch.ones(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(pixel_values=images).logits
+        convolutions = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+        full = {name: min(m.out_channels // m.groups, m.weight[0].numel()) for name, m in convolutions.items()}
+        factorize(model, svd(rank_pattern=full))
+        assert all(isinstance(model.get_submodule(name), LowRankConv) for name in full)
+        torch.testing.assert_close(model(pixel_values=images).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_training_moves_both_factors_and_the_weight_is_read_only():
