@@ -128,7 +128,8 @@ def match_sites(model, target_modules="all-linear", exclude_modules=None):
         raise TargetError("The model is itself one layer; put it into a module, such as torch.nn.Sequential(layer).")
     for argument, pattern in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
         for entry in [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern or ()]:
-            if entry not in (ALL_LINEAR, ALL_LAYERS) and not any(_hits(entry, name, argument) for name in names):
+            word = argument == "target_modules" and entry in (ALL_LINEAR, ALL_LAYERS)
+            if not word and not any(_hits(entry, name, argument) for name in names):
                 raise TargetError(
                     f"`{argument}`={entry if isinstance(entry, str) else entry[0]!r} matches no linear layer "
                     f"or convolution; the model has {len(names)}, such as {', '.join(names[:3]) or 'none at all'}."

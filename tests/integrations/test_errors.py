@@ -69,6 +69,8 @@ def test_refused_when_the_config_is_made(options, error, message):
         ({"target_modules": ".*query"}, "TargetError", r"`target_modules`='.\*query' matches no linear layer"),
         ({"target_modules": "("}, "ConfigError", r"`target_modules`='\(' is not a regular expression"),
         ({"exclude_modules": ["query"]}, "TargetError", "`exclude_modules`='query' matches no linear layer"),
+        ({"exclude_modules": "all-linear"}, "TargetError", "`exclude_modules`='all-linear' matches no linear layer"),
+        ({"exclude_modules": "all-layers"}, "TargetError", "`exclude_modules`='all-layers' matches no linear layer"),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ".*"},
             "TargetError",
