@@ -10,7 +10,7 @@ from .recipe import add_recipe, recipe_from
 from .terminal import Output
 
 
-OPTIONS = ("method", "target_modules", "exclude_modules", "calibration", "seed")
+OPTIONS = ("method", "allocation", "target_modules", "exclude_modules", "calibration", "seed")
 
 
 def add_arguments(parser):

@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_lowrank import ALLOCATORS, METHODS, ConfigError, LowRankConfig, collect_statistics, factorize, summary
+from hf_lowrank import (
+    ALLOCATORS,
+    METHODS,
+    ConfigError,
+    LowRankConfig,
+    calibrate_checkpoint,
+    collect_statistics,
+    factorize,
+    summary,
+)
 from hf_lowrank.allocation import cost_of
 from hf_lowrank.integrations.calibration import Labelled
 from hf_lowrank.surgery import match_sites
@@ -116,6 +125,10 @@ def test_in_memory_and_from_statistics_it_is_one_plan(tmp_path):
     again = factorize(copy.deepcopy(model), config, calibration=file)
     assert {row.name: row.rank for row in summary(again).rows} == ranks
     model.save_pretrained(tmp_path / "dense")
+    config.calibration = batches
+    calibrate_checkpoint(tmp_path / "dense", file, config)
+    again = factorize(copy.deepcopy(model), config, calibration=file)
+    assert {row.name: row.rank for row in summary(again).rows} == ranks
     loaded = type(model).from_pretrained(
         tmp_path / "dense",
         lowrank_config=LowRankConfig(

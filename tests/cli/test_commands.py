@@ -124,6 +124,8 @@ def test_calibrate_once_and_factorize_from_it(dense, tmp_path):
     assert document["provenance"]["data"] == "text.txt" and document["provenance"]["tokens"] == 30
     assert document["bytes"] == file.stat().st_size
     assert os.listdir(tmp_path) == [file.name]
+    done = command("calibrate", dense, file, *options, "--allocation", "sensitivity", "--json")
+    assert json.loads(done.out)["statistics"] == ["input_gram", "weight_gradient"], done.err
     in_memory = command("calibrate", dense, tmp_path / "all.safetensors", *options, "--in-memory")
     assert in_memory.out.startswith(f"{tmp_path / 'all.safetensors'}: input_gram of 14 modules")
     name = "model.layers.1.mlp.down_proj"

@@ -12,7 +12,7 @@ from .source import Source
 
 
 def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hub):
-    """Collect what the method of `config` needs to know, of a checkpoint, into a file.
+    """Collect what method and allocation of `config` need to know, of a checkpoint, into a file.
 
     Statistics are collected block by block, with weights that stay in the files of `source` where their dtype is kept.
     A call that is interrupted goes on where it was when it is repeated.
@@ -21,7 +21,7 @@ def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hu
         source (`str`): a folder, or a repository on the Hub, with a dense model.
         path (`str`): the file, whose name ends in `.safetensors`. It appears at the end; until then, what is finished
             is in `path + ".parts"`, unless the calibration has a `folder`.
-        config ([`LowRankConfig`]): method, targets, calibration data and seed are read.
+        config ([`LowRankConfig`]): method, allocation, targets, calibration data and seed are read.
         in_memory (`bool`, defaults to `False`): collect everything in one pass instead, in memory; also for models
             without repeated blocks.
         dtype (*optional*): load in this dtype; that of the checkpoint by default.
@@ -47,6 +47,7 @@ def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hu
             target_modules=config.target_modules,
             exclude_modules=config.exclude_modules,
             seed=config.seed,
+            allocation=config.allocation if config.allocates else None,
         )
     statistics.save(path)
     shutil.rmtree(folder, ignore_errors=True)
