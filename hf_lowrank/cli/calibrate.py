@@ -5,7 +5,7 @@ import os
 from ..errors import CalibrationError
 from ..integrations import calibrate_checkpoint
 from ..integrations.out_of_core import config_from
-from .options import add_parameters, check_dtype, given
+from .options import add_parameters, given
 from .recipe import add_recipe, recipe_from
 from .terminal import Output
 
@@ -34,7 +34,6 @@ def run(arguments):
     config, _ = config_from(recipe_from(arguments))
     hub = {} if arguments.revision is None else {"revision": arguments.revision}
     dtype = given(arguments, ["dtype"])
-    check_dtype(dtype.get("dtype"))
     statistics = calibrate_checkpoint(arguments.model, arguments.out, config, arguments.in_memory, **dtype, **hub)
     size = os.path.getsize(arguments.out)
     content = {

@@ -4,7 +4,7 @@ from ..errors import ConfigError
 from ..evaluation import evaluate
 from ..evaluation.output import check_output
 from ..integrations.out_of_core import load_model
-from .options import add_parameters, check_dtype, documentation, given, labelled
+from .options import add_parameters, documentation, given, labelled
 
 
 OPTIONS = ("preset", "max_windows", "limit", "batch_tokens")
@@ -30,7 +30,6 @@ def add_arguments(parser):
 
 def run(arguments):
     """Run the command; returns the [`Evaluation`]."""
-    check_dtype(arguments.dtype)
     if arguments.output is not None:
         check_output(arguments.output, "`--output`")
     perplexity = None if arguments.perplexity is None else labelled(arguments.perplexity)

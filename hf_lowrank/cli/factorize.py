@@ -2,7 +2,7 @@
 
 from ..integrations import factorize_checkpoint
 from ..integrations.out_of_core import RUN, config_from
-from .options import add_parameters, check_dtype, given
+from .options import add_parameters, given
 from .recipe import add_recipe, recipe_from
 
 
@@ -18,8 +18,6 @@ def add_arguments(parser):
 def run(arguments):
     """Run the command; returns the [`FactorizedCheckpoint`]."""
     config, options = config_from({**recipe_from(arguments), **given(arguments, RUN)})
-    # It may come from the recipe too.
-    check_dtype(options.get("dtype"))
     if arguments.revision is not None:
         options["revision"] = arguments.revision
     return factorize_checkpoint(arguments.model, arguments.out, config, **options)

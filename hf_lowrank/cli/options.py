@@ -7,14 +7,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..errors import ConfigError
 
 
 # `name (`type`, *optional*): text`, indented once in the section `Args:`; what goes on is indented twice.
 ENTRY = re.compile(r"^    (\w+)(?: \(((?:[^`()]|`[^`]*`)*)\))?: (.*)$")
-KINDS = {"`int`": int, "`float`": float}
 
 
 @dataclass
@@ -22,7 +19,7 @@ class Argument:
     """What a docstring says of an argument.
 
     Args:
-        kind (`Callable`): `int` or `float` where that is its first type, else [`value`].
+        kind (`Callable`): `int`, `float` or [`size`] where that is its type, else [`value`].
         text (`str`): without types.
     """
 
@@ -99,21 +96,6 @@ def given(arguments, names):
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
-def check_dtype(dtype):
-    """Refuse what no model can be loaded in; `None` is the dtype of the checkpoint.
-
-    Raises:
-        ConfigError: neither "auto" nor a floating-point dtype of torch.
-    """
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else None
-    if dtype in (None, "auto") or (isinstance(found, torch.dtype) and found.is_floating_point):
-        return
-    raise ConfigError(
-        f"`dtype`={dtype!r} must be 'auto' or a floating-point dtype of torch, such as 'float32', 'bfloat16' or "
-        "'float16'."
-    )
-
-
 def value(text):
     """A list, a mapping or null in JSON, or the text itself."""
     if text == "null" or text[:1] in ("[", "{"):
@@ -123,3 +105,11 @@ def value(text):
             # A regular expression may begin so too.
             return text
     return text
+
+
+def size(text):
+    """An integer, or the text itself."""
+    return int(text) if text.isdecimal() else text
+
+
+KINDS = {"`int`": int, "`float`": float, "`str` or `int`": size}

@@ -51,8 +51,8 @@ def recipe_from(arguments):
     calibration = options.pop("calibration", {})
     if not isinstance(calibration, dict):
         calibration = {"data": calibration}
-    if "calibration" in typed:
-        calibration["data"] = typed.pop("calibration")
+    data = typed.pop("calibration", {})
+    calibration.update(data if isinstance(data, dict) else {"data": data})
     calibration.update(sizes)
     return {**options, **typed, **({"calibration": calibration} if calibration else {})}
 

@@ -108,7 +108,10 @@ def test_errors_and_exit_codes(small, dense, tmp_path):
     fails(command("wobble"), 2, "invalid choice: 'wobble'")
     refused = ["ConfigError: `dtype`='float99'", "a floating-point dtype of torch"]
     fails(command("factorize", dense, tmp_path / "x", *SVD, "--dtype", "float99"), 1, *refused)
-    fails(command("calibrate", dense, tmp_path / "x.safetensors", "--dtype", "float99"), 1, *refused)
+    fails(
+        command("calibrate", dense, tmp_path / "x.safetensors", "--dtype", "float8_e4m3fn"), 1, "'float8_e4m3fn' must"
+    )
+    fails(command("evaluate", dense, "--perplexity", dense / "text.txt", "--dtype", "float99"), 1, *refused)
     bad.write_text("dtype: int8")
     fails(command("factorize", dense, tmp_path / "x", "--config", bad), 1, "ConfigError: `dtype`='int8'")
     assert os.listdir(tmp_path) == ["recipe.yaml"]

@@ -113,6 +113,22 @@ def test_only_what_is_given_is_in_the_recipe():
     assert parse(*typed) == {"rank": 4, "energy": 0.5, "method": method, "seed": 3}
     typed = ["--calibration-length", "12", "--calibration-temperature", "0.5"]
     assert parse(*typed) == {"calibration": {"length": 12, "temperature": 0.5}}
+    found = parse("--calibration", '{"data": "a.txt", "length": 3, "samples": 5}', "--calibration-length", "12")
+    assert found == {"calibration": {"data": "a.txt", "length": 12, "samples": 5}}
+
+
+def test_a_mapping_of_calibration_options_has_known_keys():
+    config_from = hf_lowrank.integrations.out_of_core.config_from
+    config, _ = config_from(parse("--calibration", '{"data": "a.txt", "samples": 5}'))
+    assert config.calibration == Calibration("a.txt", samples=5)
+    with pytest.raises(ConfigError, match=r"`calibration` has no option \['sample'\]; its options are \['data'"):
+        config_from(parse("--calibration", '{"data": "a.txt", "sample": 5}'))
+
+
+def test_sizes_are_numbers_of_bytes_or_text():
+    for typed, expected in (("20000", 20000), ("5GB", "5GB")):
+        arguments = parser_of(factorize).parse_args(["model", "out", "--max-shard-size", typed])
+        assert arguments.max_shard_size == expected
 
 
 def test_the_command_line_wins_over_the_file(tmp_path):

@@ -6,6 +6,7 @@ import os
 import re
 from fnmatch import fnmatch
 
+import torch
 import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
@@ -15,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from ...errors import CheckpointError, ConfigError
 from ...files import sha256_of
 from ...parts import without_records
+from ...plan import FLOATS
 from ..checkpoint import stored_keys
 from ..from_pretrained import calibrate, loader, rehearse
 from ..progress import bar
@@ -49,10 +51,12 @@ class Source:
 
     Raises:
         CheckpointError: there is no such checkpoint.
-        ConfigError: it is quantized or factorized, or its class is not one of transformers.
+        ConfigError: it is quantized or factorized, or its class is not one of transformers; a dtype that is none.
     """
 
     def __init__(self, name, dtype=None, revision=None, token=None, cache_dir=None, local_files_only=None):
+        check_path("source", name)
+        check_dtype(dtype)
         self.name = os.fspath(name)
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         self.hub = hub = {key: value for key, value in hub.items() if value is not None}
@@ -136,6 +140,25 @@ class Source:
         return found
 
 
+def check_path(argument, value):
+    """Refuse what cannot name a file, a folder or a repository."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"`{argument}`={value!r} must be a string or a path.")
+
+
+def check_dtype(dtype):
+    """Refuse what factors cannot be computed in; `None` is the dtype of the checkpoint.
+
+    Raises:
+        ConfigError: neither "auto" nor one of `FLOATS`, by name or itself, nor a mapping of parts of a model to these.
+    """
+    for one in dtype.values() if isinstance(dtype, dict) else [dtype]:
+        found = getattr(torch, one, None) if isinstance(one, str) else one
+        if one not in (None, "auto") and found not in FLOATS:
+            names = [str(allowed).removeprefix("torch.") for allowed in FLOATS]
+            raise ConfigError(f"`dtype`={one!r} must be 'auto' or a floating-point dtype of torch, one of {names}.")
+
+
 def local_folder(name, patterns=("*.safetensors", "*.json", *BESIDE), **hub):
     """`name` if it is a folder, else the copy of that repository in the Hub's cache, files at its top only.
 
@@ -178,8 +201,9 @@ def load_model(name, **options):
 
     Raises:
         CheckpointError: nothing that can be read.
-        ConfigError: its class is not one of transformers.
+        ConfigError: its class is not one of transformers, or `dtype` is none.
     """
+    check_dtype(options.get("dtype"))
     cls = _class(read_config(name), name)
     try:
         return cls.from_pretrained(name, **options)
