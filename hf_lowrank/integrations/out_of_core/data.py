@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+
+import torch
 
 from ...errors import CalibrationError, ConfigError
 from ...files import sha256_of
@@ -34,7 +37,7 @@ def repeatable(calibration):
                 "with .save(path) and give the path."
             )
         return replace(calibration, data=path)
-    plain = data is None or isinstance(data, (str, os.PathLike, list, tuple, dict))
+    plain = isinstance(data, (str, list, tuple, Mapping, torch.Tensor)) or not isinstance(data, Iterable)
     return calibration if plain else replace(calibration, data=list(data))
 
 
@@ -63,9 +66,9 @@ def description(calibration):
     if isinstance(data, (str, os.PathLike)):
         path = os.fspath(data)
         return {**sizes, "data": sha256_of(path) if os.path.isfile(path) else path}
-    if isinstance(data, dict):
+    if isinstance(data, Mapping):
         data = [data]
-    batches = [value if isinstance(value, dict) else {"text": value} for value in data]
+    batches = [value if isinstance(value, Mapping) else {"text": value} for value in data]
     return {**sizes, "data": digest_of_batches(batches)}
 
 

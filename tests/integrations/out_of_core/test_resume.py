@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from transformers import BatchEncoding
 
 import hf_lowrank
 from hf_lowrank import LowRankConfig, factorize_checkpoint
+from hf_lowrank.files import sha256_of
 from hf_lowrank.integrations import streaming
 from hf_lowrank.integrations.out_of_core import config_from, read_recipe, verb, verify_checkpoint
 
@@ -208,3 +210,12 @@ def test_data_that_only_this_process_has_is_not_in_a_recipe(dense, tmp_path):
     assert "recipe.yaml" not in os.listdir(tmp_path / "made")
     recipe = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["recipe"]
     assert recipe["calibration"]["data"] == "batches"
+
+
+@pytest.mark.parametrize("wrap", [lambda batch: batch, lambda batch: [batch]])
+def test_what_a_tokenizer_gives_is_a_batch(dense, wrap, tmp_path):
+    ids, options = {"input_ids": torch.arange(3, 20)[None]}, {"method": "whitened_svd", "param_ratio": 0.5}
+    factorize_checkpoint(dense("llama"), tmp_path / "plain", LowRankConfig(calibration=[ids], **options))
+    config = LowRankConfig(calibration=wrap(BatchEncoding(ids)), **options)
+    factorize_checkpoint(dense("llama"), tmp_path / "made", config)
+    assert sha256_of(tmp_path / "made" / "model.safetensors") == sha256_of(tmp_path / "plain" / "model.safetensors")
