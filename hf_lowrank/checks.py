@@ -21,6 +21,12 @@ def check_integer(name, value, least, owner=None):
         raise ConfigError(f"{_called(name, value, owner)} must be an integer of at least {least}.")
 
 
+def check_seed(seed):
+    """Refuse what does not seed every generator: numpy's take 32 bits."""
+    if not is_integer(seed, 0, 2**32 - 1):
+        raise ConfigError(f"`seed`={seed!r} must be an integer in 0 .. 2**32 - 1.")
+
+
 def check_number(name, value, low, high=math.inf, owner=None, open_low=False, open_high=False):
     """Refuse an argument that is no number from `low` to `high`, a bound among them unless it is open."""
     if is_number(value):

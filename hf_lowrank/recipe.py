@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from .allocation import ALLOCATORS
-from .checks import check_integer, is_integer, is_number
+from .checks import check_integer, check_seed, is_integer, is_number
 from .errors import ConfigError
 from .formats import FORMATS
 from .methods import METHODS
@@ -59,7 +59,7 @@ class Recipe:
             `"blocks"` trains each block to give what the dense one gave, `"logits"` all of them to predict what the
             dense model predicts. Needs calibration data, and the dense model in memory.
         compute_device (`str`, *optional*): where factors are computed; by default where the weight is.
-        seed (`int`, defaults to 0): seeds everything that is random.
+        seed (`int`, defaults to 0): seeds everything that is random, in 0 .. 2**32 - 1.
 
     Raises:
         ConfigError: a value that is not allowed; the message names argument, value, allowed set and cure.
@@ -105,7 +105,7 @@ class Recipe:
         self._check_first_order()
         self._check_patterns()
         check_integer("rank_multiple", self.rank_multiple, 1)
-        check_integer("seed", self.seed, 0)
+        check_seed(self.seed)
         if self.compute_device is not None:
             try:
                 device = torch.empty(0, device=self.compute_device).device

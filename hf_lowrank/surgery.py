@@ -15,6 +15,15 @@ from .kinds import dense_kind, kind_of
 ALL_LINEAR, ALL_LAYERS = "all-linear", "all-layers"
 
 
+def check_model(model):
+    """Refuse what is no model in memory."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"`model`={model!r} must be a model in memory; load a name or folder with `from_pretrained`, which "
+            "factorizes meanwhile if `lowrank_config` is given."
+        )
+
+
 def all_sites(model):
     """Every dense linear map of `model`, shared modules once, in the order of the modules.
 

@@ -3,7 +3,15 @@
 import pytest
 
 from hf_lowrank import ConfigError
-from hf_lowrank.checks import check_boolean, check_choice, check_integer, check_number, is_integer, is_number
+from hf_lowrank.checks import (
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_number,
+    check_seed,
+    is_integer,
+    is_number,
+)
 
 
 NONE_AT_ALL = ["1", "1e-3", None, [1], {"a": 1}, 1j, float("nan"), float("inf"), True]
@@ -17,6 +25,13 @@ def test_what_is_no_number_is_neither(value):
         check_number("size", value, 0, owner="box")
     with pytest.raises(ConfigError, match="`size`=.* must be an integer of at least 0"):
         check_integer("size", value, 0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70, 1.0, True, "1"])
+def test_seeds_are_what_every_generator_takes(seed):
+    with pytest.raises(ConfigError, match=r"`seed`=.* must be an integer in 0 \.\. 2\*\*32 - 1"):
+        check_seed(seed)
+    check_seed(2**32 - 1)
 
 
 def test_bounds():

@@ -133,10 +133,11 @@ def check_calibration(calibration, model):
             "(or not only); give texts, batches (a list of dicts or a dataloader), a data set id or a statistics "
             "file, or use `method='svd'` and `allocation='uniform'`, which need none."
         )
-    is_text = isinstance(data, (str, os.PathLike)) or _are_texts(data)
+    named = isinstance(data, (str, os.PathLike))
+    is_text = named or _are_texts(data)
     if not is_text:
         _refuse_sampled(calibration, type(data).__name__)
-    path = os.fspath(data) if isinstance(data, (str, os.PathLike)) else ""
+    path = os.fspath(data) if named else ""
     if path.endswith((".jsonl", ".txt")) and not os.path.exists(path):
         raise CalibrationError(f"`calibration`={path!r} does not exist.")
     if is_text and not hasattr(model, "config"):
@@ -148,7 +149,7 @@ def check_calibration(calibration, model):
         )
     if isinstance(data, (list, tuple)) and not data:
         raise CalibrationError("`calibration` is an empty list; give at least one text or one batch.")
-    if not isinstance(data, (str, os.PathLike)) and not isinstance(data, Iterable):
+    if not (path if named else isinstance(data, Iterable) and not isinstance(data, torch.Tensor)):
         raise CalibrationError(f"`calibration`={data!r} is neither a name, nor a list, nor a dataloader.")
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 
-from ..checks import check_integer
+from ..checks import check_seed
 from ..errors import CalibrationError
 from ..passes import prune as passes
 from ..readme import repository
@@ -65,7 +65,7 @@ def prune_channels(
         all channels; all layers are scored before the first is pruned, not one after the other; biases do not count.
     """
     pruning = passes.Pruning(param_ratio, keep_bottom, channel_multiple)
-    check_integer("seed", seed, 0)
+    check_seed(seed)
     refuse_quantized(model)
     groups = passes.channel_groups(model, channel_groups)
     refuse_offloaded(model)

@@ -15,7 +15,7 @@ from ..linalg import require_finite
 from ..plan import make_plan
 from ..recipe import Recipe
 from ..replace import Made, put
-from ..surgery import all_sites, factorized, match_sites, outermost_pretrained
+from ..surgery import all_sites, check_model, factorized, match_sites, outermost_pretrained
 from .anchoring import anchored
 from .calibration import as_calibration, load_tokenizer
 from .config import QUANT_METHOD, LowRankConfig
@@ -47,11 +47,7 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     config = LowRankConfig() if config is None else config
     if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"`model`={model!r} must be a model in memory; of a name or folder, "
-            "`from_pretrained(..., lowrank_config=config)` factorizes while it loads."
-        )
+    check_model(model)
     config = config.again()
     if config.inner is not None:
         raise ConfigError(
@@ -223,6 +219,7 @@ def collect_statistics(
         TargetError: targets that there are not, adapters on the model, or a model that is compiled.
         CalibrationError: data that does not fit the model, or a method that needs none.
     """
+    check_model(model)
     targets = {"target_modules": target_modules, "exclude_modules": exclude_modules}
     recipe = Recipe(method=method, allocation=allocation, seed=seed, **targets)
     if not recipe.needs_statistics:
@@ -253,6 +250,7 @@ def to_dense(model):
         bias was added by a method (`feature_pca`) keep it, with a warning: a dense checkpoint of an architecture
         without biases has no place for it, and loading one would lose it.
     """
+    check_model(model)
     refuse_offloaded(model)
     if "" in factorized(model):
         return to_dense(_held(model)).root

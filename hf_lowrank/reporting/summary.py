@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ..formats import FORMATS
 from ..sizes import numbers, tensor_bytes
-from ..surgery import factorized, specs
+from ..surgery import check_model, factorized, specs
 from .table import aligned
 
 
@@ -91,6 +91,7 @@ def summary(model):
     Returns:
         [`Summary`]; print it, or read its `rows`.
     """
+    check_model(model)
     rows, saved_numbers, saved_bytes = [], 0, 0
     tensors = {id(p): p for p in model.parameters()}
     counted = {*tensors, *(id(b) for b in model.buffers())}

@@ -47,6 +47,7 @@ def llama(tmp_path_factory):
         ({"rank_multiple": 0}, "ConfigError", "`rank_multiple`=0 must be an integer of at least 1"),
         ({"target_modules": []}, "ConfigError", r"`target_modules`=\[\] must be a regular expression, or a non-empty"),
         ({"seed": -1}, "ConfigError", "`seed`=-1"),
+        ({"seed": 2**70}, "ConfigError", "`seed`=1180591620717411303424 must be an integer in 0 .. 2"),
     ],
 )
 def test_refused_when_the_config_is_made(options, error, message):
@@ -79,6 +80,8 @@ def test_refused_when_the_config_is_made(options, error, message):
         ({"method": "whitened_svd", "calibration": None}, "CalibrationError", "`calibration` is None"),
         ({"method": "whitened_svd", "calibration": []}, "CalibrationError", "`calibration` is an empty list"),
         ({"method": "whitened_svd", "calibration": 3}, "CalibrationError", "`calibration`=3 is neither a name"),
+        ({"method": "whitened_svd", "calibration": ""}, "CalibrationError", "`calibration`='' is neither a name"),
+        ({"method": "whitened_svd", "calibration": torch.tensor(1)}, "CalibrationError", "is neither a name"),
         ({"method": "whitened_svd", "calibration": "no.jsonl"}, "CalibrationError", "'no.jsonl' does not exist"),
         ({"method": "whitened_svd", "calibration": "no.safetensors"}, "CalibrationError", "does not exist"),
         ({"method": "whitened_svd", "calibration": [torch.ones(2)]}, "CalibrationError", "not a dict of tensors"),

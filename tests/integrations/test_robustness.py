@@ -424,6 +424,10 @@ def test_weights_that_factors_cannot_be_computed_of_are_refused_before_any_is_to
 def test_a_name_is_no_model():
     with pytest.raises(hf_lowrank.ConfigError, match="`model`='me/model' must be a model in memory"):
         factorize("me/model", svd())
+    for verb in (collect_statistics, to_dense, summary):
+        for model in ("me/model", None):
+            with pytest.raises(hf_lowrank.ConfigError, match=f"`model`={model!r} must be a model in memory; load"):
+                verb(model)
 
 
 @pytest.mark.parametrize("wrap", ["add_adapter", "get_peft_model", "inside"])

@@ -8,7 +8,7 @@ from ..calibration import as_calibration, check_calibration
 from ..session import Session
 from ..verbs import collect_statistics
 from .data import curing, in_folder
-from .source import Source
+from .source import Source, check_path
 
 
 def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hub):
@@ -34,6 +34,7 @@ def calibrate_checkpoint(source, path, config, in_memory=False, dtype=None, **hu
         CheckpointError: the source cannot be read.
         CalibrationError: data that does not fit the model, or a method that needs none.
     """
+    check_path("path", path)
     origin = Source(source, dtype, **hub)
     calibration, config = as_calibration(config.calibration), config.again()
     config.calibration, config.session = None, Session()

@@ -19,7 +19,7 @@ from .finished import finish, read_checkpoint, read_record, verify_checkpoint
 from .recipe_file import write_recipe
 from .shards import Shards, split
 from .skeleton import Skeleton
-from .source import INSTEAD, Source
+from .source import INSTEAD, Source, check_path
 from .work import CALIBRATION, CHECKPOINT, PARTS, alone_in, begin, clear
 
 
@@ -66,6 +66,7 @@ def factorize_checkpoint(source, target, config=None, dtype=None, max_shard_size
     _refuse_whole_models(config)
     refuse_start(config.method)
     split({}, max_shard_size)
+    check_path("target", target)
     target = os.path.abspath(target)
     there = _is_there(target)
     if there and read_record(target) is None:

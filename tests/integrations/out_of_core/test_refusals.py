@@ -56,6 +56,12 @@ def test_arguments(dense, tmp_path):
     refuse(
         dense("llama"), tmp_path, hf_lowrank.ConfigError, "`max_shard_size`='5 apples' must", max_shard_size="5 apples"
     )
+    for dtype in ("bf16", "torch.float32", "int8", torch.float8_e4m3fn, {"text_config": "bf16"}):
+        match = r"`dtype`=.* must be 'auto' or a floating-point dtype of torch, one of \['float16', 'bfloat16'"
+        refuse(dense("llama"), tmp_path, hf_lowrank.ConfigError, match, dtype=dtype)
+    refuse(None, tmp_path, hf_lowrank.ConfigError, "`source`=None must be a string or a path")
+    with pytest.raises(hf_lowrank.ConfigError, match="`target`=None must be a string or a path"):
+        factorize_checkpoint(dense("llama"), None)
     config = LowRankConfig(method="svd", target_modules=["nothing"])
     refuse(dense("llama"), tmp_path, hf_lowrank.TargetError, "matches no linear layer", config)
 
@@ -131,6 +137,9 @@ def test_calibration_that_cannot_work(dense, tmp_path):
     refuse(dense("llama"), tmp_path, hf_lowrank.CalibrationError, "none.safetensors' does not exist", missing)
     refuse(dense("bert"), tmp_path, hf_lowrank.CalibrationError, "'self' samples text", config())
     refuse(dense("llama"), tmp_path, hf_lowrank.CalibrationError, "`calibration` is None", config(calibration=None))
+    for data in (3, "", torch.tensor(1), torch.ones(2, 3)):
+        match = "`calibration`=.* is neither a name, nor a list, nor a dataloader"
+        refuse(dense("llama"), tmp_path, hf_lowrank.CalibrationError, f"(?s){match}", config(calibration=data))
     model, inputs = tiny_model("llama")
     statistics = collect_statistics(model, [inputs()], method="whitened_svd")
     in_memory = config(calibration=statistics)
