@@ -300,11 +300,11 @@ def test_refined_blocks_are_kept_in_the_folder(llama, tmp_path, monkeypatch):
     expected = load(None)
     train, trained = hf_lowrank.refine.blocks.BlockRefinement._train, []
 
-    def failing(self, block, name, *args):
-        trained.append(name)
+    def failing(self, block, goal, *args):
+        trained.append(goal.block)
         if len(trained) == 2:
             raise KeyboardInterrupt
-        train(self, block, name, *args)
+        train(self, block, goal, *args)
 
     monkeypatch.setattr(hf_lowrank.refine.blocks.BlockRefinement, "_train", failing)
     with pytest.raises(KeyboardInterrupt):
