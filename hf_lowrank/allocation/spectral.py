@@ -53,8 +53,12 @@ class Spectral(Allocator):
             chosen = zip(candidates, wanted, strict=True)
             return {c.name: _bounded(c, rank_of(level), lowest[c.name]) for c, rank_of in chosen}
 
+        # A weight of low rank may stay below break-even at every level, so that none is beyond the budget.
+        highest = ranks(math.inf)
+        if cost_of(candidates, highest) <= budget:
+            return fill(candidates, highest, budget)
         low, high = 0.0, 1.0
-        while cost_of(candidates, ranks(high)) <= budget and any(rank is not None for rank in ranks(high).values()):
+        while cost_of(candidates, ranks(high)) <= budget:
             low, high = high, 2 * high
         # Down to neighbouring floating-point numbers: no level between them is left to try.
         while low < (middle := (low + high) / 2) < high:
@@ -73,7 +77,7 @@ def _by_effective_rank(candidate):
     total = sum(values)
     entropy = -sum(s / total * math.log(s / total) for s in values if s > 0) if total > 0 else 0.0
     slope = math.sqrt(math.exp(entropy) / (candidate.out_features + candidate.in_features))
-    return lambda level: int(level * slope)
+    return lambda level: int(min(level * slope, candidate.break_even))
 
 
 def _by_pooling(candidate):

@@ -72,6 +72,16 @@ def test_no_weight_falls_below_its_part_of_uniform():
     assert bound[first.name] >= int(0.9 * uniform[first.name])
 
 
+def test_a_weight_that_never_reaches_break_even_keeps_all_it_has():
+    low, full = make_candidates([(64, 64), (64, 64)])
+    spectra = [with_spectrum(low, [1.0] * 6 + [0.0] * 58), with_spectrum(full, [0.9**i for i in range(64)])]
+    budget = 0.9 * 2 * 64 * 64
+    ranks = ALLOCATORS["spectral"](rule="pooled", least=0).allocate(spectra, budget)
+    assert ranks[low.name] >= 6
+    assert ranks[full.name] is None
+    assert cost_of(spectra, ranks) <= budget
+
+
 def test_a_zero_weight_takes_the_least():
     first, second = make_candidates([(64, 64), (64, 64)])
     spectra = [with_spectrum(first, [0.0] * 64), with_spectrum(second, [0.9**i for i in range(64)])]
