@@ -134,7 +134,7 @@ def latencies_for(model, recipe, available=None, device=None):
 def measure_latencies(
     shapes, rows=1, rank_multiple=8, format="low_rank", device="cpu", dtype=torch.float32, layout=None
 ):
-    """Time layers of some shapes on this machine, dense and at every allowed rank.
+    """Time layers of some shapes on this machine, dense and at every rank multiple.
 
     Args:
         shapes (`Iterable[tuple[int, int]]`): `(out, in)`; every shape is measured once.

@@ -203,7 +203,7 @@ def _budget(model, sites, recipe, candidates, fixed):
         raise ConfigError(
             f"`target_bytes`={recipe.target_bytes} cannot be reached: with the lowest allowed rank of all "
             f"{len(free)} free targets, the model takes {least} bytes, of which {rest} are in other weights. Give at "
-            "least that, lower `rank_multiple`, widen `target_modules`, or load in a smaller `dtype`."
+            "least that, widen `target_modules`, or load in a smaller `dtype`."
         )
     return recipe.target_bytes - rest
 
@@ -212,8 +212,7 @@ def _warn_if_over(free, chosen, budget, recipe):
     kept = sum(c.cost(chosen[c.name]) if c.name in chosen else c.dense_cost for c in free)
     if budget is not None and kept > budget:
         logger.warning(
-            "The budget is %d %s, but even the smallest allowed ranks keep %d of %d; lower `rank_multiple` or raise "
-            "the budget.",
+            "The budget is %d %s, but even the smallest allowed ranks keep %d of %d; raise the budget.",
             budget,
             "nanoseconds" if recipe.allocation.cost == "latency" else "parameters",
             kept,

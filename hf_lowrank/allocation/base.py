@@ -21,7 +21,7 @@ class Candidate:
         out_features (`int`): rows of the weight.
         in_features (`int`): columns of the weight.
         copies (`int`): weights of this shape that share the rank (the experts of a layer), at least 1.
-        rank_multiple (`int`): preferred ranks are multiples of it.
+        rank_multiple (`int`): preferred ranks are multiples of it, itself a multiple of `least_rank`.
         least_rank (`int`): what the layer's kernel insists on: ranks are multiples of it.
         cost (`Callable[[int], int]`): of the factors at a rank, for all copies, of biases only those that a method
             adds; grows with the rank.

@@ -2,23 +2,31 @@
 
 
 def round_down(rank, multiple, least=1):
-    """The largest multiple of `multiple` up to `rank`; below it, the largest halving of `multiple` that fits.
+    """The largest allowed rank up to `rank`: a multiple of `multiple`, or below it the largest halving that fits.
 
     A small matrix has no room for multiples of 8: there 4, 2 or 1 is used, so the budget still holds. `least` is what
     the kernel insists on; a rank below it is raised to it.
     """
-    while multiple > max(rank, least) and multiple % 2 == 0:
-        multiple //= 2
-    return max(least, rank - rank % multiple)
+    if rank >= multiple:
+        return rank - rank % multiple
+    return max(halving for halving in _halvings(multiple, least) if halving <= max(rank, least))
 
 
 def allowed_ranks(candidate):
-    """The ranks to choose from, rising: multiples that save something; empty where none does."""
+    """The ranks to choose from, rising: multiples and halvings of the multiple that save something; perhaps none."""
     limit = min(candidate.break_even, candidate.out_features + 1, candidate.in_features + 1)
     multiple = candidate.rank_multiple
-    while multiple >= limit and multiple % 2 == 0 and multiple > candidate.least_rank:
+    ranks = _halvings(multiple, candidate.least_rank) | set(range(multiple, limit, multiple))
+    return sorted(rank for rank in ranks if rank < limit)
+
+
+def _halvings(multiple, least):
+    """`multiple`, its half and so on, as long as these are multiples of `least`, and `least` itself."""
+    found = {least, multiple}
+    while multiple % (2 * least) == 0:
         multiple //= 2
-    return list(range(multiple, limit, multiple))
+        found.add(multiple)
+    return found
 
 
 def rank_at(candidate, ratio):

@@ -1,6 +1,8 @@
 """What every allocator promises."""
 
-from ..allocation import Candidate, Probe, cost_of
+from dataclasses import replace
+
+from ..allocation import Candidate, Probe, allowed_ranks, cost_of
 
 
 def make_candidates(shapes, rank_multiple=1):
@@ -52,6 +54,9 @@ def check_allocator(allocator):
     equally (an optimal allocator may break ties, and so may one that tells weights apart by name or output); a ratio
     of 1 leaves everything dense; more budget never gives a smaller total, but for search; same input, same ranks. An
     allocator that probes asks for allowed ranks of known weights only.
+
+    Weights with room for no rank multiple, weights of low rank, zero weights and formats that are smaller than dense
+    at every rank get allowed ranks within the budget too; what they leave of it is the allocator's choice.
     """
     shapes = [(64, 64), (48, 96), (96, 48), (64, 64)]
     for multiple in (1, 8):
@@ -61,8 +66,6 @@ def check_allocator(allocator):
         for ratio in (0.3, 0.5, 0.8, 0.95):
             ranks = _allocate(allocator, candidates, ratio * total)
             assert ranks == _allocate(allocator, candidates, ratio * total), "same input, same ranks"
-            assert set(ranks) == {candidate.name for candidate in candidates}
-            _check_allowed(candidates, ranks, multiple)
             spent = cost_of(candidates, ranks)
             steps = sum(candidate.cost(multiple) for candidate in candidates)
             assert ratio * total - steps <= spent <= ratio * total
@@ -71,21 +74,44 @@ def check_allocator(allocator):
             if not allocator.needs_curves and not allocator.needs_probe:
                 assert ranks["layer.0"] == ranks["layer.3"], "equal weights are treated equally"
         assert set(_allocate(allocator, candidates, total).values()) == {None}
+    plain, *others = make_candidates(shapes)
+    odd = [plain, *(make(candidate) for make, candidate in zip((_of_low_rank, _zero, _cheap), others, strict=True))]
+    for candidates, ratio in ((make_candidates([(32, 32)] * 4, rank_multiple=8), 0.2), (odd, 0.9)):
+        budget = ratio * sum(candidate.dense_cost for candidate in candidates)
+        assert cost_of(candidates, _allocate(allocator, candidates, budget)) <= budget
+
+
+def _of_low_rank(candidate):
+    tail = candidate.curve[3]
+    curve = [max(error - tail, 0.0) for error in candidate.curve]
+    return replace(candidate, curve=curve, total=candidate.total - tail)
+
+
+def _zero(candidate):
+    return replace(candidate, curve=[0.0] * len(candidate.curve), total=0.0)
+
+
+def _cheap(candidate):
+    """Smaller than dense at every rank."""
+    rows, columns = candidate.out_features, candidate.in_features
+    return replace(candidate, cost=lambda rank: rank * max(rows, columns) // 2, break_even=min(rows, columns) + 1)
 
 
 def _allocate(allocator, candidates, budget):
     if not allocator.needs_probe:
-        return allocator.allocate(candidates, budget)
-    assert allocator.search_samples >= 1
-    probe = SyntheticProbe(candidates)
-    ranks = allocator.allocate(candidates, budget, probe)
-    for asked in probe.asked:
-        assert None not in asked.values(), "dense weights are not named"
-        _check_allowed(candidates, asked)
+        ranks = allocator.allocate(candidates, budget)
+    else:
+        assert allocator.search_samples >= 1
+        probe = SyntheticProbe(candidates)
+        ranks = allocator.allocate(candidates, budget, probe)
+        for asked in probe.asked:
+            assert None not in asked.values(), "dense weights are not named"
+            _check_allowed(candidates, asked)
+    assert set(ranks) == {candidate.name for candidate in candidates}
+    _check_allowed(candidates, ranks)
     return ranks
 
 
-def _check_allowed(candidates, ranks, multiple=1):
+def _check_allowed(candidates, ranks):
     for candidate in candidates:
-        rank = ranks.get(candidate.name)
-        assert rank is None or (1 <= rank < candidate.break_even and rank % multiple == 0)
+        assert ranks.get(candidate.name) in (None, *allowed_ranks(candidate))
