@@ -6,6 +6,12 @@ from .knapsack import Knapsack
 from .rounding import allowed_ranks, rank_at
 
 
+# Errors below this part of the total are rounding: beyond the numerical rank, curves hold some 1e-16 of it, not zeros.
+ROUNDING = 1e-10
+# Nats below which a divergence of float32 logits is rounding.
+MEASURABLE = 1e-7
+
+
 @register_allocator("lems")
 @dataclass(frozen=True)
 class Lems(Allocator):
@@ -16,7 +22,7 @@ class Lems(Allocator):
     KL_l is the divergence of the model's output with only matrix l factorized, at the probe rank r0; tail_l(r) is the
     squared error at rank r in the method's metric; h(l) runs from 0 for the first matrix to 1 for the last. Makes any
     method's errors comparable between layers, at the price of one factorization and one pass over the search samples
-    for every matrix.
+    for every matrix. Where an error or a divergence is too small to measure, r0 is a lower rank.
 
     Args:
         probe_ratio (`float`, defaults to 0.1): fraction of a matrix' cost that the probe removes, in (0, 1).
@@ -54,10 +60,17 @@ class Lems(Allocator):
         return Knapsack().allocate(scaled, budget)
 
     def _scale(self, candidate, probe):
-        """Divergence a unit of squared error."""
+        """Divergence a unit of squared error, at half the rank while it is too small to measure."""
         rank = rank_at(candidate, 1 - self.probe_ratio)
         # Of a weight with a rank below the probe's, only lower ranks tell anything.
-        lossy = [r for r in allowed_ranks(candidate) if (rank is None or r <= rank) and candidate.curve[r - 1] > 0]
-        if not lossy:
-            return 0.0
-        return probe.divergence({candidate.name: lossy[-1]}) / candidate.curve[lossy[-1] - 1]
+        lossy = [
+            r
+            for r in allowed_ranks(candidate)
+            if (rank is None or r <= rank) and candidate.curve[r - 1] > ROUNDING * candidate.total
+        ]
+        scale = 0.0
+        while lossy:
+            divergence = probe.divergence({candidate.name: lossy[-1]})
+            scale = divergence / candidate.curve[lossy[-1] - 1]
+            lossy = lossy[: len(lossy) // 2] if divergence < MEASURABLE else []
+        return scale

@@ -39,14 +39,41 @@ def test_depth_moves_the_budget_to_the_end():
     assert ranks["layer.0"] < ranks["layer.3"]
 
 
-def test_a_weight_of_low_rank_is_probed_below_its_rank():
-    """Curves that end in zeros say nothing at the usual probe rank."""
+@pytest.mark.parametrize("rounding", [0.0, 1e-14])
+def test_a_weight_of_low_rank_is_probed_below_its_rank(rounding):
+    """Curves that end in zeros, or in what rounding makes of them, say nothing at the usual probe rank."""
     low, other = make_candidates([(64, 64), (64, 64)])
-    low = replace(low, curve=[float(max(5 - rank, 0)) for rank in range(1, 65)])
+    low = replace(low, curve=[max(5.0 - rank, rounding) for rank in range(1, 65)])
     probe = SyntheticProbe([low, other])
     ranks = ALLOCATORS["lems"]().allocate([low, other], 0.6 * 2 * 4096, probe)
     assert probe.asked[0] == {low.name: 4}
     assert ranks[low.name] == 5
+
+
+class RoundingProbe(SyntheticProbe):
+    """Of what float32 logits do not resolve, nothing is seen."""
+
+    def divergence(self, ranks):
+        divergence = super().divergence(ranks)
+        return divergence if divergence > 1e-7 else 0.0
+
+
+def test_what_is_too_small_to_measure_is_probed_at_lower_ranks():
+    steep, other = make_candidates([(64, 64), (64, 64)])
+    steep = replace(steep, curve=[128 * 0.45**rank for rank in range(1, 65)])
+    budget = 0.5 * 2 * 4096
+    probe = RoundingProbe([steep, other])
+    ranks = ALLOCATORS["lems"]().allocate([steep, other], budget, probe)
+    assert [asked.get(steep.name) for asked in probe.asked] == [28, 14, None]
+    assert ranks == ALLOCATORS["knapsack"]().allocate([steep, other], budget)
+
+
+def test_a_weight_that_no_output_depends_on_takes_the_least():
+    idle, other = make_candidates([(64, 64), (64, 64)])
+    probe = RoundingProbe([idle, other], {idle.name: 0.0})
+    ranks = ALLOCATORS["lems"]().allocate([idle, other], 0.5 * 2 * 4096, probe)
+    assert [asked[idle.name] for asked in probe.asked[:-1]] == [28, 14, 7, 3, 1]
+    assert ranks[idle.name] == 1
 
 
 @pytest.mark.parametrize(
