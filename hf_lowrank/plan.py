@@ -122,30 +122,33 @@ def make_plan(model, recipe, available=None, measured=None):
         _check_copies(site, recipe)
         _check_dtype(model, site)
     sites = group_sites(model, sites, recipe.method)
-    fixed = _fixed_ranks(sites, recipe.rank_pattern)
-    if recipe.rank is not None:
-        fixed = {site.name: recipe.rank for site in sites} | fixed
+    pinned = _fixed_ranks(sites, recipe.rank_pattern)
+    fixed = pinned if recipe.rank is None else {site.name: recipe.rank for site in sites} | pinned
     candidates = {site.name: candidate_for(model, site, recipe, measured) for site in sites}
     free = [candidates[site.name] for site in sites if site.name not in fixed]
     if recipe.allocates:
         recipe.allocation.check(free)
     budget = _budget(model, sites, recipe, candidates, fixed)
     ranks = {**fixed, **_free_ranks(free, budget, recipe, measured)}
+    # A global rank may be too high for some weights, but one that makes none smaller has to be right for all.
+    rest = [candidates[site.name] for site in sites if site.name not in pinned]
+    lenient = recipe.rank is not None and any(recipe.rank < candidate.break_even for candidate in rest)
     chosen, dense = {}, []
     for site in sites:
         rank = ranks[site.name]
         if rank in (None, DENSE):
             dense.extend(member.name for member in site.members)
             continue
-        check_rank(rank, site.out_features, site.in_features, site.name)
-        _check_multiple(site, rank, recipe)
-        _check_shift(site, recipe)
         # A rank the user names for one module is kept even where it saves nothing; a global one is not.
-        pinned = any(pattern_for(member.name, recipe.rank_pattern) is not None for member in site.members)
-        if rank >= candidates[site.name].break_even and not pinned:
-            dense.extend(member.name for member in site.members)
-        else:
+        kept = site.name in pinned or rank < candidates[site.name].break_even
+        if kept or not lenient:
+            check_rank(rank, site.out_features, site.in_features, site.name)
+            _check_multiple(site, rank, recipe)
+            _check_shift(site, recipe)
+        if kept:
             chosen[site.name] = rank
+        else:
+            dense.extend(member.name for member in site.members)
     if not chosen:
         logger.warning("Nothing becomes smaller: all %d targets stay dense at this budget.", len(dense))
     if measured.suffices(recipe):

@@ -462,6 +462,28 @@ def test_a_budget_that_cannot_be_met_is_said(caplog):
     assert "The budget is 1 parameters, but even the smallest allowed ranks keep" in caplog.text
 
 
+def test_a_global_rank_leaves_weights_dense_that_have_no_room_for_it():
+    model = nn.ModuleDict({"wide": nn.Linear(96, 96), "square": nn.Linear(40, 40), "narrow": nn.Linear(8, 96)})
+    factorize(model, svd(param_ratio=None, rank=30))
+    assert model["wide"].rank == 30
+    assert type(model["square"]) is type(model["narrow"]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"rank_pattern": {"narrow": 9}}, "narrow"),
+        ({"rank": 97}, "wide"),
+        ({"rank": 60}, "narrow"),
+        ({"rank_pattern": {"wide": 9}}, "narrow"),
+    ],
+)
+def test_a_rank_for_one_weight_has_to_fit_and_so_has_one_that_makes_none_smaller(options, name):
+    model = nn.ModuleDict({"wide": nn.Linear(96, 96), "narrow": nn.Linear(8, 96)})
+    with pytest.raises(hf_lowrank.RankError, match=f"for {name} must be an integer in 1"):
+        factorize(model, svd(**{"param_ratio": None, "rank": 30, **options}))
+
+
 def test_the_first_matching_rank_counts():
     pattern = {"q_proj": 8, "layers.0.self_attn.q_proj": 4}
     model = factorize(tiny_model("llama")[0], svd(rank_pattern=pattern))
