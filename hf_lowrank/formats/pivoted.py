@@ -97,7 +97,7 @@ class PivotedLinear(FormatLinear):
         if self.order is not None:
             # gather takes the order row by row and is several times faster than indexing the last dimension.
             y = y.gather(-1, self.order.long().expand_as(y))
-        return y if self.output_bias is None else y + self.output_bias
+        return y if self.output_bias is None else y + self.output_bias.to(y.dtype)
 
     @classmethod
     def from_factors(cls, factors, bias=None, dtype=None, transposed=False):

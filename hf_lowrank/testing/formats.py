@@ -22,8 +22,8 @@ def check_format(format, rows=24, columns=40, rank=8, make=None):
 
     `forward` is the dense map; gradients are right; `spec` and the state dict rebuild the same bits, from disk too;
     `cost`, `stored_bytes` and `tensors` are what is stored, integers included; the lowest and the full rank work;
-    casts work; `weight` is read-only and has the layout of the replaced layer; `factors` multiply to it; `output_rows`
-    and `input_columns` are just that; integers that cannot be meant are refused.
+    casts work, and so does autocast; `weight` is read-only and has the layout of the replaced layer; `factors`
+    multiply to it; `output_rows` and `input_columns` are just that; integers that cannot be meant are refused.
     """
     assert FORMATS[format.name] is format
     make = make or _factors
@@ -54,6 +54,9 @@ def check_format(format, rows=24, columns=40, rank=8, make=None):
     torch.testing.assert_close(layer.dense_weight(), make_weight(rows, columns), rtol=0, atol=1e-12)
     low = format.from_factors(factors, None, torch.bfloat16)
     assert low(torch.randn(2, columns, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    single = format.from_factors(factors, torch.ones(rows), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert single(torch.randn(2, columns)).dtype == torch.bfloat16
 
 
 def _factors(rows, columns, rank):
