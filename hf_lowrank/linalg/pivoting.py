@@ -2,6 +2,8 @@
 
 import torch
 
+from .svd import require_finite
+
 
 # No coefficient is larger than this; every exchange of rows multiplies a determinant by at least as much, so that the
 # search ends.
@@ -23,10 +25,15 @@ def row_basis(left):
     Returns:
         `(pivots, others, coefficients)`: row indices `(r,)` and `(out - r,)`, each ascending, and `(out - r, r)`.
 
+    Raises:
+        NonFiniteError: `left` holds NaN or infinity.
+
     Reference:
         Goreinov et al., "How to find a good submatrix", 2010 (maximum volume); Gu and Eisenstat, "Efficient
         algorithms for computing a strong rank-revealing QR factorization", SIAM J. Sci. Comput. 1996 (the bound).
     """
+    # No comparison with NaN holds, so that the search would not end.
+    require_finite(left, "The left factor")
     rank = left.shape[1]
     permutation, lower, _ = torch.linalg.lu(left)
     order = permutation.argmax(dim=0)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hf_lowrank import NonFiniteError
 from hf_lowrank.linalg import row_basis
 from hf_lowrank.linalg.pivoting import BOUND
 
@@ -38,6 +39,14 @@ def test_fewer_independent_rows_than_asked_for(true_rank):
         true_rank, 10, generator=generator, dtype=torch.float64
     )
     check(left)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value):
+    left = torch.randn(16, 8, dtype=torch.float64)
+    left[3, 2] = value
+    with pytest.raises(NonFiniteError, match="left factor holds 1 NaN or infinite"):
+        row_basis(left)
 
 
 def test_same_input_same_choice():
