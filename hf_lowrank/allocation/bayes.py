@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from ..checks import check_choice, check_integer, check_number
 from ..errors import ConfigError, MissingPackageError
 from .base import Allocator, register_allocator
-from .rounding import cost_of, rank_at
+from .rounding import largest_within, rank_at
 
 
 SAMPLERS = ("gp", "tpe")
 OBJECTIVES = ("ppl+kl", "kl")
-# Halvings of the interval in which the common scale of all ratios is looked for: down to rounding.
-BISECTIONS = 50
 
 
 @register_allocator("bayes")
@@ -117,16 +115,7 @@ def _scaled(candidates, weights, budget):
     def ranks_at(scale):
         return {c.name: rank_at(c, scale * weights[_type(c)]) for c in candidates}
 
-    low, high = 0.0, 1 / min(weights.values())
-    if cost_of(candidates, ranks_at(high)) <= budget:
-        return ranks_at(high)
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if cost_of(candidates, ranks_at(middle)) <= budget:
-            low = middle
-        else:
-            high = middle
-    return ranks_at(low)
+    return largest_within(candidates, ranks_at, budget, 1 / min(weights.values()))
 
 
 def _optuna():

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 from ..checks import check_number
 from ..errors import ConfigError
 from .base import Allocator, register_allocator
-from .rounding import rank_at
+from .rounding import largest_within, rank_at
 
 
 @register_allocator("lorap")
@@ -50,7 +50,11 @@ class Lorap(Allocator):
         favoured_ratio = min(self.factor * share / (self.factor * high + low), 1.0)
         ratios = {candidate.name: (share - favoured_ratio * high) / low for candidate in over}
         ratios.update({candidate.name: favoured_ratio for candidate in favoured})
-        return {candidate.name: rank_at(candidate, ratios.get(candidate.name, ratio)) for candidate in candidates}
+
+        def ranks_at(scale):
+            return {c.name: rank_at(c, scale * ratios.get(c.name, ratio)) for c in candidates}
+
+        return largest_within(candidates, ranks_at, budget, 1.0)
 
     def _matching(self, argument, candidates):
         patterns = getattr(self, argument)

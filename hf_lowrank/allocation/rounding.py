@@ -1,5 +1,8 @@
 """Ranks that a kernel likes: multiples, rounded so that neither the budget nor the allowed range is left."""
 
+# Halvings of the interval in which the largest scale within a budget is looked for: down to rounding.
+BISECTIONS = 50
+
 
 def round_down(rank, multiple, least=1):
     """The largest allowed rank up to `rank`: a multiple of `multiple`, or below it the largest halving that fits.
@@ -48,6 +51,30 @@ def rank_at(candidate, ratio):
 def cost_of(candidates, ranks):
     """What `ranks` cost together."""
     return sum(c.dense_cost if ranks[c.name] is None else c.cost(ranks[c.name]) for c in candidates)
+
+
+def largest_within(candidates, ranks_at, budget, high):
+    """`ranks_at` the largest scale up to `high` at which they fit the budget; at 0 where they never do."""
+    low = 0.0
+    if cost_of(candidates, ranks_at(high)) <= budget:
+        return ranks_at(high)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if cost_of(candidates, ranks_at(middle)) <= budget:
+            low = middle
+        else:
+            high = middle
+    return ranks_at(low)
+
+
+def uniform_ranks(candidates, budget):
+    """The same kept fraction for every weight, a lower one than the budget's where some cannot be that small."""
+    total = sum(candidate.dense_cost for candidate in candidates)
+
+    def ranks_at(ratio):
+        return {candidate.name: rank_at(candidate, ratio) for candidate in candidates}
+
+    return largest_within(candidates, ranks_at, budget, budget / total)
 
 
 def fill(candidates, ranks, budget):

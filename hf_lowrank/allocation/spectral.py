@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 from ..checks import check_choice, check_number
 from .base import Allocator, register_allocator
-from .rounding import cost_of, fill, rank_at, round_down
+from .rounding import cost_of, fill, round_down, uniform_ranks
 
 
 RULES = ("effective_rank", "pooled")
@@ -45,8 +45,7 @@ class Spectral(Allocator):
         check_number("least", self.least, 0, 1, self.name)
 
     def allocate(self, candidates, budget):
-        ratio = budget / sum(candidate.dense_cost for candidate in candidates)
-        lowest = {candidate.name: rank_at(candidate, self.least * ratio) for candidate in candidates}
+        lowest = uniform_ranks(candidates, self.least * budget)
         wanted = [_by_effective_rank(c) if self.rule == "effective_rank" else _by_pooling(c) for c in candidates]
 
         def ranks(level):

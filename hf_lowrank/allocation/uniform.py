@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 from ..checks import check_choice, check_integer, check_number
 from .base import Allocator, register_allocator
-from .rounding import allowed_ranks, foot_of_step, rank_at
+from .rounding import allowed_ranks, foot_of_step, uniform_ranks
 
 
 ROUNDINGS = ("multiple", "latency")
@@ -54,8 +54,7 @@ class Uniform(Allocator):
         return self.rounding == "latency"
 
     def allocate(self, candidates, budget):
-        total = sum(candidate.dense_cost for candidate in candidates)
-        ranks = {candidate.name: rank_at(candidate, budget / total) for candidate in candidates}
+        ranks = uniform_ranks(candidates, budget)
         if self.rounding == "latency":
             ranks = {candidate.name: self._rounded(candidate, ranks[candidate.name]) for candidate in candidates}
         return ranks

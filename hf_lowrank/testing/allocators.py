@@ -55,8 +55,9 @@ def check_allocator(allocator):
     of 1 leaves everything dense; more budget never gives a smaller total, but for search; same input, same ranks. An
     allocator that probes asks for allowed ranks of known weights only.
 
-    Weights with room for no rank multiple, weights of low rank, zero weights and formats that are smaller than dense
-    at every rank get allowed ranks within the budget too; what they leave of it is the allocator's choice.
+    Ranks are allowed ones and within the budget too for weights with room for no rank multiple, weights of low rank,
+    zero weights, formats that are smaller than dense at every rank, and where the budget is just enough for the lowest
+    ranks; how much of it is spent there is the allocator's choice.
     """
     shapes = [(64, 64), (48, 96), (96, 48), (64, 64)]
     for multiple in (1, 8):
@@ -76,8 +77,13 @@ def check_allocator(allocator):
         assert set(_allocate(allocator, candidates, total).values()) == {None}
     plain, *others = make_candidates(shapes)
     odd = [plain, *(make(candidate) for make, candidate in zip((_of_low_rank, _zero, _cheap), others, strict=True))]
-    for candidates, ratio in ((make_candidates([(32, 32)] * 4, rank_multiple=8), 0.2), (odd, 0.9)):
-        budget = ratio * sum(candidate.dense_cost for candidate in candidates)
+    first, *rest = make_candidates(shapes, rank_multiple=8)
+    coarse = [replace(first, least_rank=8), *rest]
+    for candidates, budget in (
+        (make_candidates([(32, 32)] * 4, rank_multiple=8), 0.2 * 4 * 32 * 32),
+        (odd, 0.9 * sum(candidate.dense_cost for candidate in odd)),
+        (coarse, sum(candidate.cost(candidate.least_rank) for candidate in coarse)),
+    ):
         assert cost_of(candidates, _allocate(allocator, candidates, budget)) <= budget
 
 
