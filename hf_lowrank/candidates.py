@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 from .allocation import Candidate, allowed_ranks
 from .errors import ConfigError
@@ -95,6 +96,6 @@ def rank_step(site, recipe):
 
 
 def least_cost(candidate):
-    """The cost at the lowest allowed rank; of the dense weight where there is none."""
-    ranks = allowed_ranks(candidate)
+    """The cost at the lowest rank that the kernel takes; of the dense weight where that saves nothing."""
+    ranks = allowed_ranks(replace(candidate, rank_multiple=candidate.least_rank))
     return candidate.cost(ranks[0]) if ranks else candidate.dense_cost

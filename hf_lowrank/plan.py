@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .allocation import fill, rank_for_energy
+from .allocation import fill, rank_for_energy, within_reach
 from .candidates import candidate_for, least_cost, rank_step
 from .errors import ConfigError, RankError, TargetError
 from .factorize import format_for
@@ -178,6 +178,7 @@ def _free_ranks(free, budget, recipe, measured):
         free = [candidate for candidate in free if candidate.name not in ranks]
     if recipe.energy is not None:
         return {**ranks, **{candidate.name: rank_for_energy(candidate, recipe.energy) for candidate in free}}
+    free = within_reach(free, budget)
     asked = (free, budget, measured.probe) if recipe.allocation.needs_probe else (free, budget)
     found = recipe.allocation.allocate(*asked)
     return {**ranks, **(found if recipe.target_bytes is None else fill(free, found, budget))}

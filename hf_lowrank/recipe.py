@@ -46,8 +46,8 @@ class Recipe:
         format (`str`, *optional*): how factors are stored; by default the method's own format, or one that the layer
             can take (experts are always `"low_rank"`, weights that share a factor `"shared_basis"`, those that share
             a dictionary `"dense_sparse"`).
-        rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, and below it halvings (4, 2, 1); at
-            least 1.
+        rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1; where a weight or the
+            budget has no room for these, of its half, and so on.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`): every linear but embeddings, output heads
             and tied weights; `"all-layers"`, convolutions too; or a regular expression for full names; or a list of
             names or dotted suffixes.

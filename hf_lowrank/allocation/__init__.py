@@ -5,7 +5,7 @@ import sys
 from ..registry import import_submodules
 from .base import ALLOCATORS, Allocator, Candidate, Probe, register_allocator
 from .energy import rank_for_energy
-from .rounding import allowed_ranks, cost_of, fill, foot_of_step, round_down
+from .rounding import allowed_ranks, cost_of, fill, foot_of_step, round_down, within_reach
 
 
 import_submodules(sys.modules[__name__])
@@ -22,4 +22,5 @@ __all__ = [
     "rank_for_energy",
     "register_allocator",
     "round_down",
+    "within_reach",
 ]

@@ -1,5 +1,8 @@
 """Ranks that a kernel likes: multiples, rounded so that neither the budget nor the allowed range is left."""
 
+from dataclasses import replace
+
+
 # Halvings of the interval in which the largest scale within a budget is looked for: down to rounding.
 BISECTIONS = 50
 
@@ -16,11 +19,26 @@ def round_down(rank, multiple, least=1):
 
 
 def allowed_ranks(candidate):
-    """The ranks to choose from, rising: multiples and halvings of the multiple that save something; perhaps none."""
+    """The ranks to choose from, rising: multiples that save something, of the largest halving with room for one."""
     limit = min(candidate.break_even, candidate.out_features + 1, candidate.in_features + 1)
-    multiple = candidate.rank_multiple
-    ranks = _halvings(multiple, candidate.least_rank) | set(range(multiple, limit, multiple))
-    return sorted(rank for rank in ranks if rank < limit)
+    fitting = [halving for halving in _halvings(candidate.rank_multiple, candidate.least_rank) if halving < limit]
+    return list(range(max(fitting), limit, max(fitting))) if fitting else []
+
+
+def within_reach(candidates, budget):
+    """`candidates`, whose rank multiples are halved together as long as their lowest allowed ranks exceed `budget`."""
+
+    def lowest():
+        return {candidate.name: next(iter(allowed_ranks(candidate)), None) for candidate in candidates}
+
+    while cost_of(candidates, lowest()) > budget and any(c.rank_multiple > c.least_rank for c in candidates):
+        candidates = [replace(candidate, rank_multiple=_half(candidate)) for candidate in candidates]
+    return candidates
+
+
+def _half(candidate):
+    below = _halvings(candidate.rank_multiple, candidate.least_rank) - {candidate.rank_multiple}
+    return max(below, default=candidate.least_rank)
 
 
 def _halvings(multiple, least):

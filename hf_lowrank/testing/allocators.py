@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..allocation import Candidate, Probe, allowed_ranks, cost_of
+from ..allocation import Candidate, Probe, cost_of, round_down, within_reach
 
 
 def make_candidates(shapes, rank_multiple=1):
@@ -104,6 +104,7 @@ def _cheap(candidate):
 
 
 def _allocate(allocator, candidates, budget):
+    candidates = within_reach(candidates, budget)
     if not allocator.needs_probe:
         ranks = allocator.allocate(candidates, budget)
     else:
@@ -120,4 +121,5 @@ def _allocate(allocator, candidates, budget):
 
 def _check_allowed(candidates, ranks):
     for candidate in candidates:
-        assert ranks.get(candidate.name) in (None, *allowed_ranks(candidate))
+        rank, multiple, least = ranks.get(candidate.name), candidate.rank_multiple, candidate.least_rank
+        assert rank is None or (rank < candidate.break_even and rank == round_down(rank, multiple, least))

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from hf_lowrank import ALLOCATORS, ConfigError
-from hf_lowrank.allocation import allowed_ranks, round_down
+from hf_lowrank.allocation import allowed_ranks, round_down, within_reach
 from hf_lowrank.testing import check_allocator
 from hf_lowrank.testing.allocators import make_candidates
 
@@ -41,21 +41,29 @@ def test_round_down(rank, multiple, least, expected):
 @pytest.mark.parametrize(
     ("multiple", "least", "break_even", "expected"),
     [
-        (8, 1, 26, [1, 2, 4, 8, 16, 24]),
-        (8, 1, 6, [1, 2, 4]),
+        (8, 1, 26, [8, 16, 24]),
+        (8, 1, 6, [4]),
         (8, 8, 26, [8, 16, 24]),
         (8, 8, 8, []),
-        (12, 1, 26, [1, 3, 6, 12, 24]),
-        (48, 8, 60, [8, 24, 48]),
-        (8, 1, 99, [1, 2, 4, *range(8, 65, 8)]),
+        (12, 1, 26, [12, 24]),
+        (48, 8, 40, [24]),
+        (8, 1, 99, list(range(8, 65, 8))),
     ],
 )
-def test_allowed_ranks_are_what_rounding_gives(multiple, least, break_even, expected):
+def test_allowed_ranks(multiple, least, break_even, expected):
     (candidate,) = make_candidates([(64, 64)])
     candidate = dataclasses.replace(candidate, rank_multiple=multiple, least_rank=least, break_even=break_even)
     assert allowed_ranks(candidate) == expected
-    rounded = {round_down(rank, multiple, least) for rank in range(1, min(break_even, 65))}
-    assert sorted(rank for rank in rounded if rank < break_even) == expected
+
+
+def test_multiples_are_kept_as_far_as_the_budget_has_room_for_them():
+    candidates = make_candidates([(64, 64)] * 4, rank_multiple=8)
+    assert within_reach(candidates, 4 * candidates[0].cost(8)) is candidates
+    for ranks, expected in ((7, 4), (2, 2), (0.5, 1)):
+        found = within_reach(candidates, 4 * ranks * candidates[0].cost(1))
+        assert [candidate.rank_multiple for candidate in found] == [expected] * 4
+    kernel = [dataclasses.replace(candidates[0], least_rank=8), *candidates[1:]]
+    assert [candidate.rank_multiple for candidate in within_reach(kernel, 0)] == [8, 1, 1, 1]
 
 
 FIELDS = [
