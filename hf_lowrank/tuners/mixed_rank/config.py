@@ -40,7 +40,8 @@ class MixedRankConfig(TargetConfig):
             own rank; `"dense"` leaves a layer as it is, and is all that a factorized one can be given.
         allocation (`str`, `dict` or [`Allocator`], *optional*): who gets how much of `param_ratio`; by default what
             suits the method.
-        rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1.
+        rank_multiple (`int`, defaults to 8): allocated ranks are multiples of it, at least 1; where a weight or the
+            budget has no room for these, of its half, and so on.
         train_full (`bool`, defaults to `True`): whether the full-rank weight is trained where it is drawn; otherwise
             it stays the base model's, and takes no memory.
         keep_zeros (`bool`, defaults to `True`): whether zeros of the base weight stay zero in the trained copy, so
