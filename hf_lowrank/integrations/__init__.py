@@ -2,10 +2,12 @@
 
 import logging
 
+from transformers import configuration_utils
 from transformers.utils import logging as transformers_logging
 
 from . import conv1d, experts
 from .auto_fact import auto_fact
+from .autoload import inheriting
 from .calibration import Calibration
 from .config import QUANT_METHOD, LowRankConfig
 from .from_pretrained import install_keyword
@@ -25,6 +27,7 @@ from .verbs import collect_statistics, factorize, to_dense
 install_keyword()
 install_saving()
 install_guard(QUANT_METHOD)
+inheriting(configuration_utils)
 install_parallel_plans()
 install_when_imported()
 install_push()

@@ -2,7 +2,8 @@
 
 Installed as the top-level module `_hf_lowrank_autoload`, which a `.pth` file runs at interpreter start. It uses the
 standard library only, never raises, and does nothing until one of the modules in `AFTER` is imported; then a table
-of that module is replaced by one that imports the plugin when asked for something of ours.
+of that module is replaced by one that imports the plugin when asked for something of ours, and the config of a part of
+a factorized model tells that it is one.
 HF_LOWRANK_AUTOLOAD=0 turns it off.
 """
 
@@ -46,8 +47,43 @@ def swapping(attribute, lazy):
     return swap
 
 
+def inheriting(module):
+    """Let the config of a part be read with the `quantization_config` of the factorized whole; idempotent.
+
+    transformers makes the config of `CLIPVisionModel` of a `vision_config` alone, which does not say how weights are
+    stored.
+
+    Args:
+        module: `transformers.configuration_utils`.
+    """
+    from functools import wraps
+
+    config_class = getattr(module, "PreTrainedConfig", None)
+    if config_class is None or hasattr(config_class.get_config_dict, "lowrank_parts"):
+        return
+    original = config_class.get_config_dict.__func__
+
+    @wraps(original)
+    def get_config_dict(cls, *args, **kwargs):
+        found, others = original(cls, *args, **kwargs)
+        whole = found.get("quantization_config")
+        if isinstance(whole, dict) and whole.get("quant_method") == KEY:
+            foreign = found.get("model_type") != cls.model_type
+            # What `from_pretrained` of the class goes on with in the place of the whole.
+            for name, part in found.items():
+                if isinstance(part, dict) and (
+                    name == cls.base_config_key or (foreign and part.get("model_type") == cls.model_type)
+                ):
+                    part.setdefault("quantization_config", whole)
+        return found, others
+
+    get_config_dict.lowrank_parts = True
+    config_class.get_config_dict = classmethod(get_config_dict)
+
+
 # What happens to a module right after it is imported.
 AFTER = {
+    "transformers.configuration_utils": inheriting,
     "transformers.quantizers.auto": swapping("AUTO_QUANTIZATION_CONFIG_MAPPING", LazyTable),
     "peft.mapping": swapping("PEFT_TYPE_TO_CONFIG_MAPPING", LazyTuners),
 }

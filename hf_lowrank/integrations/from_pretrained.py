@@ -14,7 +14,7 @@ from ..surgery import all_sites
 from .calibration import as_calibration, check_calibration, load_tokenizer
 from .config import QUANT_METHOD
 from .planning import check_latencies, gather, informed_plan, saved_for
-from .request import check, hub_arguments, path, quantizing, refuse_start, requested, stored_method
+from .request import check, hub_arguments, path, quantizing, refuse_start, requested, stored_method, telling
 from .session import Rehearsed, Session
 from .verbs import factorize_in_memory
 
@@ -28,6 +28,7 @@ def install_keyword():
     @functools.wraps(original)
     def from_pretrained(cls, *args, lowrank_config=None, **kwargs):
         load = functools.partial(original, cls)
+        kwargs = telling(args, kwargs)
         config, other = requested(lowrank_config, kwargs), kwargs.get("quantization_config")
         if config is not None:
             return _load(load, cls, config, args, kwargs)

@@ -13,8 +13,8 @@ from transformers.quantizers.auto import register_quantizer
 from ..errors import CalibrationError, CheckpointError, ResourceError
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
-from ..surgery import all_sites, lend_bases, specs
-from .checkpoint import check_complete, check_integers, parameter_shapes, stored_keys
+from ..surgery import all_sites, factorized, lend_bases, specs
+from .checkpoint import Conversions, check_complete, check_integers, parameter_shapes, stored_keys
 from .composite import CompositeQuantizer
 from .config import QUANT_METHOD
 from .densify import detach, multiply_out, refuse_adapters
@@ -92,9 +92,21 @@ class LowRankQuantizer(CompositeQuantizer):
             model, checkpoint_files=checkpoint_files, device_map=device_map, **kwargs
         )
         # Only now the inner quantizer knows by which names it has stored what.
-        shapes = None if dense is None else self._stored_shapes(model, checkpoint_files)
+        if dense is not None:
+            self._check_restored(model, dense, self._stored_shapes(model, checkpoint_files))
+
+    def _check_restored(self, model, dense, shapes):
+        config = self.quantization_config
+        # Of a model whose other parts were factorized, one may be dense throughout.
+        whole = config.modules and config.inner is None and any(site.weight_name in (shapes or ()) for site in dense)
+        if not factorized(model) and not whole:
+            raise CheckpointError(
+                f"None of the {len(config.modules or {})} factorized modules of the checkpoint is in "
+                f"{type(model).__name__}; it was saved from another architecture. Load the class it was saved from, "
+                "and take the part you need."
+            )
         if shapes is not None:
-            check_complete(model, dense, shapes, packed=self.quantization_config.inner is not None)
+            check_complete(model, dense, shapes, packed=config.inner is not None)
 
     def _stored_shapes(self, model, checkpoint_files):
         """What the checkpoint holds, by the names of parameters of `model`; `None` if nobody can tell."""
@@ -106,22 +118,35 @@ class LowRankQuantizer(CompositeQuantizer):
         sites = {site.name: site for site in all_sites(model)}
         found = {}
         modules = self.quantization_config.modules or {}
+        bases = {spec["basis"] for spec in modules.values() if "basis" in spec}
+        places = self._places(model, {*modules, *bases}, sites)
         for name, spec in modules.items():
-            site = sites.get(_in_model(name, sites, model.base_model_prefix))
-            if site is not None:
-                found[site.name] = dict(spec)
+            if name in places:
+                found[places[name]] = dict(spec)
                 if "basis" in spec:
-                    basis = _in_model(spec["basis"], sites, model.base_model_prefix)
-                    found[site.name]["basis"] = basis or spec["basis"]
-        if not found:
-            raise CheckpointError(
-                f"None of the {len(modules)} factorized modules of the checkpoint is in "
-                f"{type(model).__name__}; it was saved from another architecture."
-            )
+                    found[places[name]]["basis"] = places.get(spec["basis"], spec["basis"])
         for name, spec in found.items():
             sites[name].kind.skeleton(model, sites[name], spec, _dtype(model, sites[name]))
         lend_bases(model, found)
         return [site for name, site in sites.items() if name not in found]
+
+    def _places(self, model, names, sites):
+        """`{name in the checkpoint: name in model}` of those that are in the model."""
+        # A base model and a model with a head differ by the base's prefix; a part and the whole by what transformers
+        # renames when it loads weights of one into the other.
+        prefix = f"{model.base_model_prefix}."
+        places = {
+            name: candidate
+            for name in names
+            for candidate in (f"{prefix}{name}", name.removeprefix(prefix), name)
+            if candidate in sites
+        }
+        keys = {f"{name}{leaf}": name for name in names if name not in places for leaf in ("", ".weight")}
+        if keys:
+            by_weight = {site.weight_name: site.name for site in sites.values()}
+            renamed = Conversions(model, keys, self.session.key_mapping).keys
+            places.update({keys[renamed[w][0][0]]: name for w, name in by_weight.items() if w in renamed})
+        return places
 
     def build_placeholders(self, model, checkpoint_files, device_map=None):
         """Plan, and give every weight that becomes factors an empty layer, which takes the dense weight too.
@@ -216,7 +241,7 @@ class LowRankQuantizer(CompositeQuantizer):
             self.progress.close(None if self.session.measuring else _summary_line(self.plan, model))
             self.progress = None
         super()._process_model_after_weight_loading(model, **kwargs)
-        if self.plan is not None and not self.plan.sites:
+        if not factorized(model):
             detach(model)
 
     def get_state_dict_and_metadata(self, model):
@@ -240,14 +265,6 @@ def attach(model, config):
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
-
-
-def _in_model(name, sites, prefix):
-    # A base model and a model with a head differ by the base's prefix.
-    for candidate in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if candidate in sites:
-            return candidate
-    return None
 
 
 def _dtype(model, site):

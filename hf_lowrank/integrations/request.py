@@ -85,6 +85,28 @@ def quantizing(cls, args, kwargs, inner):
     return {**kwargs, "config": found, "quantization_config": config}, config
 
 
+def telling(args, kwargs):
+    """`kwargs`, with a config that says how the checkpoint is factorized where the caller's own does not."""
+    config, where = kwargs.get("config"), path(args, kwargs)
+    if not isinstance(config, PreTrainedConfig) or where is None or kwargs.get("gguf_file") is not None:
+        return kwargs
+    if getattr(config, "quantization_config", None) is not None:
+        return kwargs
+    # transformers warns of `trust_remote_code` where no code can come from.
+    arguments = {key: value for key, value in hub_arguments(kwargs).items() if key != "trust_remote_code"}
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(where, **arguments)
+    except OSError:
+        # Weights alone: the caller's config is all there is.
+        return kwargs
+    described = found.get("quantization_config")
+    if described is None or method_of(described) != QUANT_METHOD:
+        return kwargs
+    config = copy.deepcopy(config)
+    config.quantization_config = described
+    return {**kwargs, "config": config}
+
+
 def stored_method(cls, args, kwargs):
     """How the checkpoint is quantized, by the name of the method, or `None`."""
     stored = getattr(model_config(cls, args, kwargs), "quantization_config", None)

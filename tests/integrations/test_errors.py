@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertForSequenceClassification
+from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaForCausalLM
 
 import hf_lowrank
 from hf_lowrank import CheckpointError, LowRankConfig
@@ -162,7 +162,7 @@ def test_statistics_of_another_model(llama, tmp_path):
         (lambda q: q.update(version=2), "config version 2, this hf_lowrank reads version 1"),
         (lambda q: q["modules"]["model.layers.0.self_attn.q_proj"].update(format="zip"), "knows the formats"),
         (lambda q: q["modules"]["model.layers.0.self_attn.q_proj"].update(rank=4096), "rank=4096"),
-        (lambda q: q.update(modules={"elsewhere": {"format": "low_rank", "rank": 2}}), "None of the 1 factorized"),
+        (lambda q: q.update(modules={"elsewhere": {"format": "low_rank", "rank": 2}}), "14 layers are factorized in"),
         (lambda q: q.update(modules=[]), "is list, not a dict"),
     ],
 )
@@ -190,6 +190,13 @@ def test_damaged_integers_are_named(method, tmp_path):
     layer, _, leaf = name.rpartition(".")
     with pytest.raises(CheckpointError, match=f"`{leaf}` of {layer} .* may be damaged: download or save it again"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_another_architecture(tmp_path):
+    model, _ = tiny_model("llava")
+    hf_lowrank.factorize(model, LowRankConfig(method="svd")).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="None of the 28 .* is in LlamaForCausalLM; .* Load the class it was"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_recipe_nobody_knows_any_more_still_loads(llama, tmp_path):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_lowrank import ConfigError, LowRankConfig, auto_fact, factorize, prune_channels, summary, to_dense, truncate
 from hf_lowrank.integrations.saving import install_saving
@@ -131,3 +132,74 @@ def test_it_is_installed_once():
     before = PreTrainedModel.save_pretrained
     install_saving()
     assert PreTrainedModel.save_pretrained is before
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOWERS = {
+    "projection_dim": 32,
+    "text_config": {"vocab_size": 96, "max_position_embeddings": 64, "projection_dim": 32, **SIZES},
+    "vision_config": {"image_size": 16, "patch_size": 8, "projection_dim": 32, **SIZES},
+}
+
+
+@pytest.fixture(scope="module", params=["CLIP", "Siglip"])
+def towers(request, tmp_path_factory):
+    """(name, folder of the factorized composite, folder of the same multiplied out)."""
+    folder = tmp_path_factory.mktemp("towers")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{request.param}Model")(
+        getattr(transformers, f"{request.param}Config")(**copy.deepcopy(TOWERS))
+    )
+    factorize(model, CONFIG).save_pretrained(folder / "small")
+    to_dense(model).save_pretrained(folder / "dense")
+    return request.param, folder / "small", folder / "dense"
+
+
+@pytest.mark.parametrize("part", ["TextModel", "VisionModel", "TextModelWithProjection", "VisionModelWithProjection"])
+def test_a_class_that_is_a_part_of_a_composite_loads_its_factors(towers, part, tmp_path):
+    name, small, dense = towers
+    cls = getattr(transformers, name + part, None)
+    if cls is None:
+        pytest.skip(f"there is no {name + part}")
+    model, info = cls.from_pretrained(small, output_loading_info=True)
+    expected, dense_info = cls.from_pretrained(dense, output_loading_info=True)
+    assert info["missing_keys"] == dense_info["missing_keys"] == set()
+    assert summary(model).rows
+    model.save_pretrained(tmp_path / "part")
+    again = cls.from_pretrained(tmp_path / "part")
+    for loaded in (model, again):
+        state = to_dense(loaded).state_dict()
+        assert state.keys() == expected.state_dict().keys()
+        for key, tensor in expected.state_dict().items():
+            torch.testing.assert_close(state[key], tensor)
+
+
+def test_a_config_that_does_not_tell_of_the_factors(towers):
+    name, small, _ = towers
+    cls = getattr(transformers, f"{name}VisionModel")
+    expected = cls.from_pretrained(small).state_dict()
+    config = getattr(transformers, f"{name}VisionConfig")(**TOWERS["vision_config"])
+    for loaded in (cls.from_pretrained(small, config=config), AutoModel.from_pretrained(small, config=config)):
+        state = loaded.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+    assert not hasattr(config, "quantization_config"), "the caller's object is not written to"
+
+
+def test_a_part_that_was_left_dense(tmp_path):
+    model = transformers.CLIPModel(transformers.CLIPConfig(**copy.deepcopy(TOWERS)))
+    factorize(model, LowRankConfig(method="svd", rank=8, target_modules="text_model.*proj")).save_pretrained(tmp_path)
+    part, info = transformers.CLIPVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not summary(part).rows and not hasattr(part.config, "quantization_config")
+    assert all(torch.equal(t, model.vision_model.state_dict()[key]) for key, t in part.state_dict().items())
+
+
+def test_the_guard_of_the_parts_goes_with_the_factors(towers, tmp_path):
+    name, small, dense = towers
+    assert json.loads((small / "config.json").read_text())["vision_config"]["transformers_weights"]
+    loaded = getattr(transformers, f"{name}Model").from_pretrained(small)
+    to_dense(loaded).save_pretrained(tmp_path / "multiplied_out")
+    AutoModel.from_config(AutoConfig.from_pretrained(small)).save_pretrained(tmp_path / "fresh")
+    for folder in (dense, tmp_path / "multiplied_out", tmp_path / "fresh"):
+        assert "transformers_weights" not in (folder / "config.json").read_text()

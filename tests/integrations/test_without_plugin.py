@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from processes import run, run_without
+from transformers import CLIPConfig, CLIPModel
 
-from hf_lowrank import LowRankConfig
+from hf_lowrank import LowRankConfig, factorize
+from hf_lowrank.integrations import autoload
 from hf_lowrank.integrations.guard import GUARD
 from hf_lowrank.testing import tiny_model
 
@@ -91,3 +93,41 @@ def test_the_guard_is_in_the_file_and_not_in_the_model(checkpoint):
     folder, _ = checkpoint
     assert json.loads((folder / "small" / "config.json").read_text())["transformers_weights"] == GUARD
     assert "transformers_weights" not in json.loads((folder / "dense" / "config.json").read_text())
+
+
+PART = """
+import sys
+from transformers import {part}
+assert "hf_lowrank" not in sys.modules
+model, info = {part}.from_pretrained({folder!r}, output_loading_info=True)
+assert not info["missing_keys"], info
+print(type(model.get_submodule("{prefix}encoder.layers.0.mlp.fc1")).__name__)
+"""
+PARTS = {"CLIPVisionModel": "", "CLIPTextModelWithProjection": "text_model."}
+# The hook as it is in this tree, whatever is installed.
+HOOK = """
+import runpy
+runpy.run_path({path!r})["install"]()
+"""
+
+
+@pytest.fixture(scope="module")
+def composite(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("composite")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {"image_size": 16, "patch_size": 8, "projection_dim": 16, **sizes}
+    text = {"vocab_size": 96, "max_position_embeddings": 16, "projection_dim": 16, **sizes}
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    factorize(model, LowRankConfig(method="svd", rank=4)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_composite(composite, part):
+    code = PART.format(part=part, folder=composite, prefix=PARTS[part])
+    done = run_without(("_hf_lowrank_autoload",), HOOK.format(path=autoload.__file__) + code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["LowRankLinear"]
+    for stopped in (run(code, HF_LOWRANK_AUTOLOAD="0"), run_without(OURS, code)):
+        assert stopped.returncode == 1
+        assert "pip install hf-lowrank" in stopped.stderr
