@@ -1,8 +1,11 @@
 """`LowRankConfig`: a [`Recipe`] that transformers carries through `from_pretrained` and writes into config.json."""
 
 import copy
+import os
+import warnings
 from dataclasses import dataclass, field, fields
 
+import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -11,6 +14,7 @@ from ..formats import FORMATS
 from ..readme import repository
 from ..recipe import Recipe
 from ..versions import versions
+from .calibration import SELF, Calibration
 from .inner import as_inner, group_size, method_of
 
 
@@ -49,19 +53,9 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         inner = None if inner is None else as_inner(inner)
         _check_modules(options.get("modules"))
         if not options.get("modules"):
-            # Constructor arguments, or what `to_dict` makes of a configuration that is yet to be carried out.
+            # What `to_dict` makes of a configuration that is yet to be carried out has none.
             options.pop("modules", None)
-            recipe = options.pop("recipe", None) or {}
-            options = {**{key: value for key, value in recipe.items() if key not in RECORDED}, **options}
-            if isinstance(options.get("calibration"), dict):
-                # A record of calibration data, not the data.
-                del options["calibration"]
-            unknown = sorted(set(options) - {f.name for f in fields(Recipe)})
-            if unknown:
-                raise ConfigError(
-                    f"LowRankConfig has no option {unknown}; its options are {[f.name for f in fields(Recipe)]}."
-                )
-            config = cls(**options, inner=inner)
+            config = cls._from_options(options, inner)
         else:
             version = config_dict.get("version")
             if version != VERSION:
@@ -72,6 +66,30 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
             config = cls(modules=options["modules"], recipe=options.get("recipe") or {}, inner=inner, calibration=None)
         return (config, kwargs) if return_unused_kwargs else config
 
+    @classmethod
+    def _from_options(cls, options, inner):
+        """From constructor arguments, and a `recipe` with more of them, of which the former win."""
+        recipe = options.pop("recipe", None)
+        recipe = {} if recipe is None else recipe
+        if not isinstance(recipe, dict):
+            raise ConfigError(f"`recipe`={recipe!r} must be a dict of options of LowRankConfig.")
+        recipe = {key: value for key, value in recipe.items() if key not in RECORDED}
+        record = None
+        if "calibration" in options:
+            options["calibration"] = _data(options["calibration"])
+        elif isinstance(recipe.get("calibration"), dict):
+            record, recipe["calibration"] = recipe["calibration"], _recorded(recipe["calibration"])
+        options = {**recipe, **options}
+        _refuse_unknown("LowRankConfig", options, Recipe)
+        config = cls(**options, inner=inner)
+        if record is not None and config.calibration == SELF and (config.needs_statistics or config.samples_kept):
+            warnings.warn(
+                f"The recipe records that its calibration data was {record.get('data')!r}, and not the data; unless "
+                "`calibration` is given, text sampled from the model itself ('self') takes its place.",
+                stacklevel=4,
+            )
+        return config
+
     def __deepcopy__(self, memo):
         # transformers copies configs at will; calibration data may be large, or a generator, which cannot be copied.
         memo[id(self.calibration)] = self.calibration
@@ -81,9 +99,21 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         return twin
 
     def again(self):
-        """A copy to carry out on a model; a configuration out of a checkpoint becomes the recipe it records."""
+        """A copy to carry out on a model; a configuration out of a checkpoint becomes the recipe it records.
+
+        Of calibration data only samples of the model can be had again; "self" takes the place of other data, with a
+        warning.
+
+        Raises:
+            ConfigError: of a checkpoint that records nothing.
+        """
         if self.recipe is None:
             return copy.copy(self)
+        if not self.recipe:
+            raise ConfigError(
+                "The configuration is of a checkpoint that does not record how it was made; give a LowRankConfig "
+                "of your own."
+            )
         again = LowRankConfig.from_dict({"recipe": self.recipe})
         again.inner = self.inner
         return again
@@ -112,6 +142,8 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
             "recipe": self.to_json() if self.recipe is None else self.recipe,
             "modules": self.modules or {},
         }
+        if self.recipe is None:
+            described["calibration"] = _described(self.calibration)
         if self.inner is not None:
             described["inner"] = {**self.inner.to_dict(), "quant_method": method_of(self.inner)}
         return described
@@ -126,6 +158,41 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
 
 # The arguments are documented once, where they are checked.
 LowRankConfig.__doc__ += Recipe.__doc__.partition("\n")[2]
+
+
+def _data(value):
+    """The calibration data that a dict of options asks for, in which a dict of plain values is a [`Calibration`]."""
+    if not isinstance(value, dict) or any(isinstance(item, torch.Tensor) for item in value.values()):
+        return value
+    _refuse_unknown("Calibration", value, Calibration)
+    return Calibration(**value)
+
+
+def _described(calibration):
+    """The JSON that [`_data`] reads; `None` for data that only this process has."""
+    if not isinstance(calibration, Calibration):
+        return os.fspath(calibration) if isinstance(calibration, (str, os.PathLike)) else None
+    names = [f.name for f in fields(Calibration) if f.name == "data" or getattr(calibration, f.name) != f.default]
+    given = {name: getattr(calibration, name) for name in names}
+    for name in {"data", "folder"} & given.keys():
+        if not isinstance(given[name], (str, os.PathLike)):
+            return None
+        given[name] = os.fspath(given[name])
+    return given
+
+
+def _recorded(record):
+    """The data that a checkpoint records: samples of the model, which can be drawn again; else "self" in its place."""
+    if record.get("data") != SELF or "sampled" in record:
+        return SELF
+    return Calibration(**{name: record[name] for name in ("samples", "length", "temperature") if name in record})
+
+
+def _refuse_unknown(owner, options, of):
+    known = [f.name for f in fields(of)]
+    unknown = sorted(set(map(str, options)) - set(known))
+    if unknown:
+        raise ConfigError(f"{owner} has no option {unknown}; its options are {known}.")
 
 
 def _check_modules(modules):

@@ -32,7 +32,7 @@ def requested(lowrank_config, kwargs):
         if isinstance(other, LowRankConfig):
             return other.again()
         if isinstance(other, dict) and other.get("quant_method") == QUANT_METHOD:
-            return LowRankConfig.from_dict(other)
+            return LowRankConfig.from_dict(other).again()
         return None
     if isinstance(other, LowRankConfig):
         raise ConfigError(
@@ -40,7 +40,7 @@ def requested(lowrank_config, kwargs):
             "the second says how factors are quantized, such as TorchAoConfig(Int8WeightOnlyConfig())."
         )
     if isinstance(lowrank_config, dict):
-        config = LowRankConfig.from_dict(lowrank_config)
+        config = LowRankConfig.from_dict(lowrank_config).again()
     elif isinstance(lowrank_config, LowRankConfig):
         config = lowrank_config.again()
     else:

@@ -322,3 +322,50 @@ def test_a_folder_that_is_none(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(hf_lowrank.ConfigError, match="is a file; name a folder"):
         Calibration(folder=tmp_path / "file")
+
+
+def whitened(**options):
+    return LowRankConfig(method="whitened_svd", param_ratio=0.5, **options)
+
+
+def test_a_mapping_of_sizes_in_a_dict_of_options(llama, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
+    data = {"data": str(tmp_path / "texts.txt"), "samples": 4, "length": 16}
+    options = {"method": "whitened_svd", "param_ratio": 0.5, "calibration": data}
+    model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=options)
+    record = model.config.quantization_config.recipe["calibration"]
+    assert (record["data"], record["tokens"]) == ("texts.txt", 64)
+    batch = {"input_ids": torch.arange(3, 20)[None]}
+    assert LowRankConfig.from_dict({"calibration": batch}).calibration is batch
+    with pytest.raises(hf_lowrank.ConfigError, match=r"Calibration has no option \['sample'\]; its options are"):
+        LowRankConfig.from_dict({"calibration": {"data": "a.txt", "sample": 4}})
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    ["self", "a.txt", "s.safetensors", None, Calibration("a.txt", samples=4, length=16), Calibration(folder="kept")],
+)
+def test_a_configuration_keeps_its_calibration_in_json(calibration):
+    again = LowRankConfig.from_dict(json.loads(whitened(calibration=calibration).to_json_string()))
+    assert again.calibration == calibration
+
+
+def test_data_of_this_process_is_never_replaced_in_silence(llama):
+    again = LowRankConfig.from_dict(json.loads(whitened(calibration=TEXTS).to_json_string()))
+    with pytest.raises(hf_lowrank.CalibrationError, match="`calibration` is None"):
+        AutoModelForCausalLM.from_pretrained(llama, lowrank_config=again)
+
+
+def test_a_recipe_that_is_carried_out_again_needs_its_data(llama, recwarn):
+    def load(config):
+        model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)
+        return model.config.quantization_config
+
+    sampled = load(whitened(calibration=Calibration(samples=4, length=16)))
+    assert load(sampled).recipe["calibration"] == sampled.recipe["calibration"]
+    load(load(LowRankConfig(method="svd", calibration=TEXTS)))
+    assert not [w for w in recwarn if "calibration data" in str(w.message)]
+    given = load(whitened(calibration=Calibration(TEXTS, samples=4, length=16)))
+    for config in (given, given.to_dict()):
+        with pytest.warns(UserWarning, match=r"its calibration data was '40 texts'.*'self'\) takes its place"):
+            assert load(config).recipe["calibration"]["data"] == "self"

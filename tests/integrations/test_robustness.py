@@ -24,6 +24,7 @@ from hf_lowrank import (
     to_dense,
 )
 from hf_lowrank.integrations.guard import GUARD
+from hf_lowrank.integrations.saving import described
 from hf_lowrank.surgery import all_sites, match_sites
 from hf_lowrank.testing import tiny_model
 
@@ -60,8 +61,26 @@ def test_a_config_survives_its_own_json(llama):
 
 def test_the_config_of_a_factorized_model_is_a_recipe_for_another(llama, small):
     loaded = AutoModelForCausalLM.from_pretrained(small)
-    other = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=loaded.config.quantization_config)
-    assert torch.equal(run(other), run(loaded))
+    config = loaded.config.quantization_config
+    for given in (
+        {"lowrank_config": config},
+        {"quantization_config": config},
+        {"lowrank_config": config.to_dict()},
+        {"quantization_config": config.to_dict()},
+    ):
+        assert torch.equal(run(AutoModelForCausalLM.from_pretrained(llama, **given)), run(loaded))
+
+
+def test_a_recipe_that_says_nothing_is_refused(llama):
+    with pytest.raises(hf_lowrank.ConfigError, match="`recipe`=5 must be a dict"):
+        LowRankConfig.from_dict({"recipe": 5})
+    parts = AutoModelForCausalLM.from_pretrained(llama)
+    factorize(parts.model.layers[0].mlp, svd())
+    with described(parts):
+        config = parts.config.quantization_config
+        for given in (config, config.to_dict()):
+            with pytest.raises(hf_lowrank.ConfigError, match="does not record how it was made"):
+                AutoModelForCausalLM.from_pretrained(llama, lowrank_config=given)
 
 
 @pytest.mark.parametrize(
