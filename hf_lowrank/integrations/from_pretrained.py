@@ -15,7 +15,7 @@ from .calibration import as_calibration, check_calibration, load_tokenizer
 from .config import QUANT_METHOD
 from .planning import check_latencies, gather, informed_plan, saved_for
 from .request import check, hub_arguments, path, quantizing, refuse_start, requested, stored_method, telling
-from .session import Rehearsed, Session
+from .session import Rehearsed, Session, Stopped
 from .verbs import factorize_in_memory
 
 
@@ -71,7 +71,7 @@ def _load(load, cls, config, args, kwargs):
                 calibrate(load, config, calibration, args, kwargs, stack)
             if config.needs_curves and session.measured.ranks is None:
                 _measure(load, config, args, kwargs)
-        return _load_once(load, session, args, kwargs)
+        return _load_once(load, args, kwargs)
 
 
 def _session(kwargs):
@@ -86,7 +86,7 @@ def _load_quantizing(load, cls, inner, args, kwargs):
     """Load the factors of a checkpoint, quantized by `inner`."""
     kwargs, config = quantizing(cls, args, kwargs, inner)
     config.session = _session(kwargs)
-    return _load_once(load, config.session, args, kwargs)
+    return _load_once(load, args, kwargs)
 
 
 def _load_compared(load, config, calibration, args, kwargs):
@@ -105,21 +105,24 @@ def _load_compared(load, config, calibration, args, kwargs):
     return (model, info) if wanted else model
 
 
-def _load_once(load, session, args, kwargs):
+def _load_once(load, args, kwargs):
     try:
         return load(*args, **kwargs)
-    except RuntimeError:
-        # transformers collects errors of single tensors and raises one of its own at the end.
-        if session.failure is not None:
-            raise session.failure from None
-        raise
+    except Stopped as stopped:
+        failure = stopped.failure
+    try:
+        # Out here, so that it has no context of which nobody knows.
+        raise failure
+    finally:
+        # Its traceback holds this frame, and the tensors that were at work.
+        del failure
 
 
 def _measure(load, config, args, kwargs):
     """A pass over the checkpoint that leaves nothing but the error curve of every weight, for the allocator."""
     session = config.session
     session.measured.curves, session.measuring = {}, True
-    _load_once(load, session, args, {**kwargs, "quantization_config": copy.deepcopy(config)})
+    _load_once(load, args, {**kwargs, "quantization_config": copy.deepcopy(config)})
     session.measuring = False
 
 

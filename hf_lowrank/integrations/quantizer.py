@@ -10,7 +10,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.accelerate import expand_device_map
 from transformers.quantizers.auto import register_quantizer
 
-from ..errors import CalibrationError, CheckpointError, ResourceError
+from ..errors import CalibrationError, CheckpointError, ConfigError, ResourceError
 from ..latency import latencies_for
 from ..plan import Measured, make_plan
 from ..surgery import all_sites, factorized, lend_bases, specs
@@ -58,6 +58,8 @@ class LowRankQuantizer(CompositeQuantizer):
     def validate_environment(self, *args, device_map=None, **kwargs):
         # Called with the user's device map before the model is built, and with the automatic one afterwards.
         super().validate_environment(*args, device_map=device_map, **kwargs)
+        if not self.restores and isinstance(device_map, dict):
+            _refuse_meta(device_map)
         self._check_offload(device_map)
 
     def _check_offload(self, device_map):
@@ -221,12 +223,12 @@ class LowRankQuantizer(CompositeQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         self.quantization_config.session = None
-        if self.waiting and self.session.failure is None:
+        if self.waiting:
             raise CheckpointError(
                 f"The checkpoint is damaged: of {next(iter(self.waiting))} only one of weight and bias was read. "
                 "Download or save it again."
             )
-        if self.arrived and self.session.failure is None:
+        if self.arrived:
             name, weights = next(iter(self.arrived.items()))
             missing = sorted({member.name for member in self.plan.sites[name].members} - set(weights))
             raise CheckpointError(
@@ -265,6 +267,15 @@ def attach(model, config):
     quantizer = LowRankQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.config.quantization_config = config
+
+
+def _refuse_meta(device_map):
+    name = next((name for name, device in device_map.items() if str(device) == "meta"), None)
+    if name is not None:
+        raise ConfigError(
+            f"`device_map` puts {repr(name) if name else 'the model'} on 'meta', where there are no weights to "
+            "factorize; give a device that holds them, such as 'cpu'."
+        )
 
 
 def _dtype(model, site):

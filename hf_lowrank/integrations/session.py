@@ -17,7 +17,6 @@ class Session:
         measured ([`Measured`]): what allocators want to know, as far as earlier passes have found it out.
         measuring (`bool`): whether this pass collects error curves and throws the model away.
         rehearsing (`bool`): whether this pass ends as soon as the plan stands.
-        failure ([`LowRankError`], *optional*): the first error while tensors streamed in.
         provenance (`dict`): JSON that describes the calibration.
     """
 
@@ -28,7 +27,6 @@ class Session:
     measured: Measured = field(default_factory=Measured)
     measuring: bool = False
     rehearsing: bool = False
-    failure: Exception | None = None
     provenance: dict = field(default_factory=dict)
 
     def __deepcopy__(self, memo):
@@ -52,3 +50,17 @@ class Rehearsed(Exception):  # noqa: N818 (nothing went wrong)
         self.model = model
         self.plan = plan
         self.files = files
+
+
+class Stopped(BaseException):  # noqa: N818 (what went wrong is `failure`)
+    """Ends a load as soon as a factorization fails; never leaves `from_pretrained`.
+
+    transformers collects what is an `Exception`, and goes on loading.
+
+    Args:
+        failure (`Exception`): what `from_pretrained` raises.
+    """
+
+    def __init__(self, failure):
+        super().__init__("stopped")
+        self.failure = failure

@@ -1,15 +1,16 @@
 """Factorize tensor by tensor while a checkpoint streams in, on the device each tensor is mapped to."""
 
+import contextlib
 import ctypes
 import sys
 
 import torch
 from transformers.core_model_loading import ConversionOps
 
-from ..errors import LowRankError
 from ..factorize import factorize_site, measure_site, shifted_bias
 from ..formats import FORMATS
 from .parallel import agreed, local_part
+from .session import Stopped
 
 
 def release_freed_memory():
@@ -24,31 +25,54 @@ def release_freed_memory():
             trim(0)
 
 
-class Factorize(ConversionOps):
-    """Turns a dense tensor whose name is a placeholder into the parameters of the factorized layer.
+@contextlib.contextmanager
+def _naming_full_memory(unit, weight):
+    """What the errors of torch and Python about full memory do not say: the weight at work, and the cure."""
+    where = f"while {unit.name} of shape {tuple(weight.shape)} was factorized"
+    try:
+        yield
+    except torch.OutOfMemoryError as full:
+        raise torch.OutOfMemoryError(f"{full} ({where}; `compute_device='cpu'` needs no memory there)") from full
+    except MemoryError as full:
+        raise MemoryError(f"{full} ({where})") from full
 
-    transformers collects exceptions and goes on loading; the first error is therefore kept in the session, everything
-    after it is skipped at once, and `from_pretrained` raises it in its own type.
+
+class Stopping:
+    """Ends the load with the first error inside, which `from_pretrained` raises as it is.
+
+    Args:
+        progress ([`Progress`], *optional*): ends with it.
+        collected (`bool`): whether transformers would collect the error.
     """
+
+    def __init__(self, progress, collected):
+        self.progress, self.collected = progress, collected
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            return
+        if self.progress is not None:
+            self.progress.close()
+        if self.collected and isinstance(error, Exception):
+            raise Stopped(error)
+
+
+class Factorize(ConversionOps):
+    """Turns a dense tensor whose name is a placeholder into the parameters of the factorized layer."""
 
     def __init__(self, quantizer):
         self.quantizer = quantizer
 
     @torch.no_grad()
     def convert(self, input_dict, model=None, missing_keys=None, **kwargs):
-        session = self.quantizer.session
-        if session.failure is not None:
-            raise session.failure
-        try:
+        with Stopping(self.quantizer.progress, collected=missing_keys is not None):
             converted = self._converted(input_dict, model, missing_keys)
-            if session.measuring:
+            if self.quantizer.session.measuring:
                 return converted
             return self.quantizer.pack(converted, model, missing_keys=missing_keys, **kwargs)
-        except LowRankError as failure:
-            session.failure = failure
-            if self.quantizer.progress is not None:
-                self.quantizer.progress.close()
-            raise
 
     def _converted(self, input_dict, model, missing_keys):
         """The tensors under their new names, factors in the place of dense weights."""
@@ -108,7 +132,9 @@ class Factorize(ConversionOps):
         weight = unit.kind.joined([arrived[member.name] for member in unit.members])
         made = self._measure if quantizer.session.measuring else self._factorize
         tensors = {}
-        for name, own in made(model, unit, weight, tensor.dtype).items():
+        with _naming_full_memory(unit, weight):
+            factors = made(model, unit, weight, tensor.dtype)
+        for name, own in factors.items():
             # Members of a group may belong on different devices.
             tensors.update({key: value.to(arrived[name].device) for key, value in own.items()})
         quantizer.progress.done()

@@ -140,6 +140,40 @@ def test_overflowing_activations(llama, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, lowrank_config=config)
 
 
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (torch.OutOfMemoryError("20 GiB"), r"^20 GiB \(while model\.\S+ of shape .*; `compute_device='cpu'` needs no"),
+        (MemoryError("all of it"), r"^all of it \(while model\.\S+ of shape .* was factorized\)$"),
+        (ZeroDivisionError("by nothing"), "^by nothing$"),
+        (RuntimeError("of a kernel"), "^of a kernel$"),
+    ],
+)
+@pytest.mark.parametrize("options", [{"method": "svd"}, {"method": "svd", "energy": 0.9}])
+def test_a_factorization_that_fails_ends_the_load_in_its_own_way(llama, monkeypatch, raised, message, options):
+    calls = []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        raise raised
+
+    for name in ("factorize", "energies"):
+        monkeypatch.setattr(type(LowRankConfig(**options).method), name, fails)
+    with pytest.raises(type(raised), match=message) as failed:
+        AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(**options))
+    assert type(failed.value) is type(raised)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("device_map", ["meta", {"": "meta"}, {"model": "cpu", "lm_head": torch.device("meta")}])
+def test_nothing_can_be_factorized_on_meta(llama, device_map, tmp_path):
+    with pytest.raises(hf_lowrank.ConfigError, match="on 'meta', where there are no weights to factorize"):
+        AutoModelForCausalLM.from_pretrained(llama, device_map=device_map, lowrank_config=LowRankConfig())
+    model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=LowRankConfig(method="svd"))
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, device_map="meta").device.type == "meta"
+
+
 def test_unreadable_checkpoint(llama, tmp_path):
     data = (llama / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
