@@ -56,6 +56,12 @@ def refuse_adapters(model, cure):
 def detach(model):
     """Make a model ordinary again, for transformers too."""
     model.hf_quantizer.remove_quantization_config(model)
+    unmark(model)
+
+
+def unmark(model):
+    """Let transformers take the weights for ordinary ones, which can be cast."""
+    model.is_quantized = False
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized

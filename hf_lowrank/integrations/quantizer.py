@@ -17,7 +17,7 @@ from ..surgery import all_sites, factorized, lend_bases, specs
 from .checkpoint import Conversions, check_complete, check_integers, parameter_shapes, stored_keys
 from .composite import CompositeQuantizer
 from .config import QUANT_METHOD
-from .densify import detach, multiply_out, refuse_adapters
+from .densify import detach, multiply_out, refuse_adapters, unmark
 from .guard import remove_guard
 from .progress import Progress
 from .session import Rehearsed, Session
@@ -245,6 +245,8 @@ class LowRankQuantizer(CompositeQuantizer):
         super()._process_model_after_weight_loading(model, **kwargs)
         if not factorized(model):
             detach(model)
+        elif self.quantization_config.inner is None:
+            unmark(model)
 
     def get_state_dict_and_metadata(self, model):
         # Ranks may have changed since loading; what is written must describe what is saved. This runs before the

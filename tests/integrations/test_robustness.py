@@ -83,6 +83,19 @@ def test_a_recipe_that_says_nothing_is_refused(llama):
                 AutoModelForCausalLM.from_pretrained(llama, lowrank_config=given)
 
 
+@pytest.mark.parametrize(("cast", "dtype"), [("half", torch.float16), ("float", torch.float32)])
+def test_factors_are_cast_as_ordinary_weights_are(llama, small, tmp_path, cast, dtype):
+    for i, given in enumerate((small, llama)):
+        config = {} if given is small else {"lowrank_config": svd()}
+        model = AutoModelForCausalLM.from_pretrained(given, dtype=torch.bfloat16, **config)
+        getattr(model, cast)()
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        model.save_pretrained(tmp_path / str(i))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / str(i))
+        assert torch.equal(run(again.to(dtype)), run(model))
+        assert not getattr(to_dense(model).config, "_is_quantized", False)
+
+
 @pytest.mark.parametrize(
     "options", [{"param_ratio": 1.0}, {"param_ratio": None, "rank": 32, "target_modules": ["q_proj"]}]
 )
