@@ -50,8 +50,8 @@ def swapping(attribute, lazy):
 def inheriting(module):
     """Let the config of a part be read with the `quantization_config` of the factorized whole; idempotent.
 
-    transformers makes the config of `CLIPVisionModel` of a `vision_config` alone, which does not say how weights are
-    stored.
+    transformers makes the config of a part, such as the vision model of a composite, of a `vision_config` alone, which
+    does not say how weights are stored.
 
     Args:
         module: `transformers.configuration_utils`.

@@ -4,7 +4,7 @@ transformers skips a quantization method it does not know and initialises whatev
 factorized config.json therefore carries a sentence in two places where loading looks first, and stops quoting it:
 `transformers_weights`, the name of the weight file (since 4.53; with the plugin, the quantizer takes it out before the
 file is looked for), and `torch_dtype`, an attribute of torch (before 4.56; later versions read `dtype`). The configs
-of parts carry it too: a class such as `CLIPVisionModel` reads nothing else of a composite's config.json.
+of parts carry it too: the class of a part reads nothing else of a composite's config.json.
 """
 
 import functools
