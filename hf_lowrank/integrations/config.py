@@ -98,11 +98,11 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
             setattr(twin, f.name, copy.deepcopy(getattr(self, f.name), memo))
         return twin
 
-    def again(self):
+    def again(self, calibration=None):
         """A copy to carry out on a model; a configuration out of a checkpoint becomes the recipe it records.
 
         Of calibration data only samples of the model can be had again; "self" takes the place of other data, with a
-        warning.
+        warning. With a `calibration`, nothing has to: the copy has none of its own.
 
         Raises:
             ConfigError: of a checkpoint that records nothing.
@@ -114,7 +114,8 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
                 "The configuration is of a checkpoint that does not record how it was made; give a LowRankConfig "
                 "of your own."
             )
-        again = LowRankConfig.from_dict({"recipe": self.recipe})
+        own = {} if calibration is None else {"calibration": None}
+        again = LowRankConfig.from_dict({"recipe": self.recipe, **own})
         again.inner = self.inner
         return again
 

@@ -48,7 +48,7 @@ def factorize(model, config=None, calibration=None, tokenizer=None):
     if not isinstance(config, LowRankConfig):
         raise ConfigError(f"`config` must be a LowRankConfig, not {type(config).__name__}.")
     check_model(model)
-    config = config.again()
+    config = config.again(calibration)
     if config.inner is not None:
         raise ConfigError(
             "`config` asks for quantized factors, which are made while a model loads; factorize with a LowRankConfig "

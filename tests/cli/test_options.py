@@ -121,7 +121,7 @@ def test_a_mapping_of_calibration_options_has_known_keys():
     config_from = hf_lowrank.integrations.out_of_core.config_from
     config, _ = config_from(parse("--calibration", '{"data": "a.txt", "samples": 5}'))
     assert config.calibration == Calibration("a.txt", samples=5)
-    with pytest.raises(ConfigError, match=r"`calibration` has no option \['sample'\]; its options are \['data'"):
+    with pytest.raises(ConfigError, match=r"Calibration has no option \['sample'\]; its options are \['data'"):
         config_from(parse("--calibration", '{"data": "a.txt", "sample": 5}'))
 
 

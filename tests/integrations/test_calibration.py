@@ -369,3 +369,12 @@ def test_a_recipe_that_is_carried_out_again_needs_its_data(llama, recwarn):
     for config in (given, given.to_dict()):
         with pytest.warns(UserWarning, match=r"its calibration data was '40 texts'.*'self'\) takes its place"):
             assert load(config).recipe["calibration"]["data"] == "self"
+
+
+def test_given_data_takes_the_place_of_what_is_recorded(llama, recwarn):
+    config = whitened(calibration=Calibration(TEXTS, samples=4, length=16))
+    model = AutoModelForCausalLM.from_pretrained(llama, lowrank_config=config)
+    dense, batch = AutoModelForCausalLM.from_pretrained(llama), {"input_ids": torch.arange(3, 20)[None]}
+    hf_lowrank.factorize(dense, model.config.quantization_config, calibration=[batch])
+    assert not [w for w in recwarn if "calibration data" in str(w.message)]
+    assert dense.config.quantization_config.recipe["calibration"]["data"] != "self"

@@ -60,7 +60,8 @@ def read_recipe(path):
     if not isinstance(options, dict):
         raise ConfigError(f"The recipe {os.fspath(path)} must be a mapping of options, not {type(options).__name__}.")
     _refuse_unknown(options, [*(f.name for f in fields(Recipe)), *RUN], path)
-    _check_calibration(options, f"`calibration` of {path}")
+    if isinstance(options.get("calibration"), dict):
+        _refuse_unknown(options["calibration"], [f.name for f in fields(Calibration)], f"`calibration` of {path}")
     return options
 
 
@@ -68,15 +69,7 @@ def config_from(options):
     """`(LowRankConfig, arguments of factorize_checkpoint)` from the options of a recipe."""
     run = {name: options[name] for name in RUN if name in options}
     options = {name: value for name, value in options.items() if name not in RUN}
-    _check_calibration(options, "`calibration`")
-    if isinstance(options.get("calibration"), dict):
-        options["calibration"] = Calibration(**options["calibration"])
-    return LowRankConfig(**options), run
-
-
-def _check_calibration(options, where):
-    if isinstance(options.get("calibration"), dict):
-        _refuse_unknown(options["calibration"], [f.name for f in fields(Calibration)], where)
+    return LowRankConfig.from_dict(options), run
 
 
 def _refuse_unknown(options, allowed, where):
