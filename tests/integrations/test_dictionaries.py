@@ -135,7 +135,8 @@ def test_what_would_be_larger_than_dense_stays_dense(llama, accounting):
         assert all(row.bytes < row.dense_bytes for row in rows)
         ranks.append({row.name: row.rank for row in rows})
     assert len(ranks[0]) == 14
-    assert len(ranks[1]) == (14 if accounting == "mask" else 0)
+    # At 0.99 of the dense weight all would be larger: some stay dense, and others make up for them.
+    assert len(ranks[1]) == 14 if accounting == "mask" else 0 < len(ranks[1]) < 14
 
 
 @pytest.mark.parametrize("allocation", ["knapsack", "energy", {"name": "lems", "search_samples": 1}])
