@@ -80,7 +80,7 @@ class LowRankConfig(Recipe, QuantizationConfigMixin):
         elif isinstance(recipe.get("calibration"), dict):
             record, recipe["calibration"] = recipe["calibration"], _recorded(recipe["calibration"])
         options = {**recipe, **options}
-        _refuse_unknown("LowRankConfig", options, Recipe)
+        refuse_unknown("LowRankConfig", options, [f.name for f in fields(Recipe)])
         config = cls(**options, inner=inner)
         if record is not None and config.calibration == SELF and (config.needs_statistics or config.samples_kept):
             warnings.warn(
@@ -165,7 +165,7 @@ def _data(value):
     """The calibration data that a dict of options asks for, in which a dict of plain values is a [`Calibration`]."""
     if not isinstance(value, dict) or any(isinstance(item, torch.Tensor) for item in value.values()):
         return value
-    _refuse_unknown("Calibration", value, Calibration)
+    refuse_unknown("Calibration", value, [f.name for f in fields(Calibration)])
     return Calibration(**value)
 
 
@@ -189,8 +189,8 @@ def _recorded(record):
     return Calibration(**{name: record[name] for name in ("samples", "length", "temperature") if name in record})
 
 
-def _refuse_unknown(owner, options, of):
-    known = [f.name for f in fields(of)]
+def refuse_unknown(owner, options, known):
+    """Refuse keys of `options` that are not among the `known` ones; `owner` is whose they are, for the message."""
     unknown = sorted(set(map(str, options)) - set(known))
     if unknown:
         raise ConfigError(f"{owner} has no option {unknown}; its options are {known}.")

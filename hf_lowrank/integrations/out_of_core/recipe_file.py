@@ -10,7 +10,7 @@ from ...errors import ConfigError
 from ...files import writing
 from ...recipe import Recipe
 from ..calibration import Calibration
-from ..config import LowRankConfig
+from ..config import LowRankConfig, refuse_unknown
 
 
 RECIPE_FILE = "recipe.yaml"
@@ -59,9 +59,9 @@ def read_recipe(path):
     options = {} if options is None else options
     if not isinstance(options, dict):
         raise ConfigError(f"The recipe {os.fspath(path)} must be a mapping of options, not {type(options).__name__}.")
-    _refuse_unknown(options, [*(f.name for f in fields(Recipe)), *RUN], path)
+    refuse_unknown(path, options, [*(f.name for f in fields(Recipe)), *RUN])
     if isinstance(options.get("calibration"), dict):
-        _refuse_unknown(options["calibration"], [f.name for f in fields(Calibration)], f"`calibration` of {path}")
+        refuse_unknown(f"`calibration` of {path}", options["calibration"], [f.name for f in fields(Calibration)])
     return options
 
 
@@ -70,9 +70,3 @@ def config_from(options):
     run = {name: options[name] for name in RUN if name in options}
     options = {name: value for name, value in options.items() if name not in RUN}
     return LowRankConfig.from_dict(options), run
-
-
-def _refuse_unknown(options, allowed, where):
-    unknown = sorted(set(map(str, options)) - set(allowed))
-    if unknown:
-        raise ConfigError(f"{where} has no option {unknown}; its options are {allowed}.")
